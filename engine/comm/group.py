@@ -1,0 +1,166 @@
+"""A process group that knows its members, its phases and its history.
+
+Every collective of the engine goes through `Group`. Before the backend is entered it refuses a caller that is no
+member and a phase that does not allow the group; after that it folds (group, op, shape, dtype) into a running hash,
+the *ledger*, so that ranks can prove they made the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, NewType
+
+from engine.errors import GroupError
+
+if TYPE_CHECKING:
+    import torch
+
+Rank = NewType("Rank", int)  # global
+GroupRank = NewType("GroupRank", int)  # within one group; for the mesh this is `mesh_rank`
+
+
+class Phase(StrEnum):
+    """Where a rank is. Phase B allows `mesh_pg` alone; the handshake alone may use `world_pg`."""
+
+    HANDSHAKE = "handshake"
+    LINK = "link"
+    B = "B"
+
+
+ALLOWED: dict[Phase, frozenset[str]] = {
+    Phase.HANDSHAKE: frozenset({"world_pg", "pp_pg", "mesh_pg"}),
+    Phase.LINK: frozenset({"pp_pg", "mesh_pg"}),
+    Phase.B: frozenset({"mesh_pg"}),
+}
+
+
+@dataclass
+class PhaseGate:
+    """The current phase of this rank, and the ids of the frame in work. One per rank, shared by its groups."""
+
+    phase: Phase = Phase.HANDSHAKE
+    ids: dict[str, int] = field(default_factory=dict)
+
+
+class Ledger:
+    """Running hash over (group, op, shape, dtype) of each collective, with a count."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._hash = hashlib.blake2b(digest_size=8)
+
+    def add(self, group: str, op: str, shape: tuple[int, ...], dtype: str) -> None:
+        self.count += 1
+        self._hash.update(f"{group}|{op}|{shape}|{dtype};".encode())
+
+    def value(self) -> int:
+        """The hash as a signed 64-bit integer."""
+        return int(struct.unpack("<q", self._hash.digest())[0])
+
+
+class Group:
+    """One process group seen from one rank.
+
+    Args:
+        name: `world_pg`, `pp_pg` or `mesh_pg`.
+        members: global ranks in group order; `members[0]` is the leader.
+        rank: this process' global rank.
+        pg: the torch process group, or None for a group of one, whose collectives are the identity.
+        gate: the rank's phase.
+    """
+
+    def __init__(
+        self, name: str, members: tuple[Rank, ...], rank: Rank, pg: Any, gate: PhaseGate | None = None
+    ) -> None:
+        self.name = name
+        self.members = members
+        self.rank = rank
+        self.gate = gate if gate is not None else PhaseGate()
+        self.ledger = Ledger()
+        self._pg = pg
+
+    @classmethod
+    def solo(cls, name: str = "mesh_pg", gate: PhaseGate | None = None) -> Group:
+        """A group of one: no backend, no messages."""
+        return cls(name, (Rank(0),), Rank(0), None, gate)
+
+    @property
+    def size(self) -> int:
+        return len(self.members)
+
+    @property
+    def group_rank(self) -> GroupRank:
+        self._require_member("group_rank")
+        return GroupRank(self.members.index(self.rank))
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == self.members[0]
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum in place over the group; returns the same tensor."""
+        self._enter("all_reduce", tensor)
+        if self.size > 1:
+            dist().all_reduce(tensor, group=self._pg)
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensor of every member, in group order."""
+        self._enter("all_gather", tensor)
+        if self.size == 1:
+            return [tensor]
+        import torch
+
+        parts = [torch.empty_like(tensor) for _ in self.members]
+        dist().all_gather(parts, tensor, group=self._pg)
+        return parts
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In place, from the leader."""
+        self._enter("broadcast", tensor)
+        if self.size > 1:
+            dist().broadcast(tensor, src=self.members[0], group=self._pg)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for every member."""
+        import torch
+
+        self.all_reduce(torch.zeros(1, dtype=torch.int64))
+
+    def _enter(self, op: str, tensor: torch.Tensor) -> None:
+        self._require_member(op)
+        allowed = ALLOWED[self.gate.phase]
+        if self.name not in allowed:
+            raise GroupError(
+                f"rank {self.rank}: {op} on {self.name} in phase {self.gate.phase.value}, which allows "
+                f"{', '.join(sorted(allowed))} only",
+                ids=self.gate.ids,
+                evidence={
+                    "group_used": self.name,
+                    "group_expected": sorted(allowed),
+                    "rank": self.rank,
+                    "op": op,
+                },
+                next_step="tpctl runbook show wrong-group",
+            )
+        self.ledger.add(self.name, op, tuple(tensor.shape), str(tensor.dtype))
+
+    def _require_member(self, op: str) -> None:
+        if self.rank not in self.members:
+            raise GroupError(
+                f"rank {self.rank} is not in {self.name} {list(self.members)}, but called {op}",
+                code="TP-3102",
+                ids=self.gate.ids,
+                evidence={"group_used": self.name, "group_expected": None, "rank": self.rank, "op": op},
+            )
+
+
+def dist() -> Any:
+    """torch.distributed, imported when the first collective runs."""
+    import torch.distributed
+
+    return torch.distributed
