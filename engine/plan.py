@@ -57,6 +57,10 @@ class ChunkPlan:
     def computed_calls(self) -> int:
         return expected_generator_calls(self.do_kv_recompute, len(self.denoising_step_list), self.clean_pass)
 
+    def start_frame(self, context_frames: int) -> int:
+        """The first position of the chunk in the generator: after the recomputed context, or on the timeline."""
+        return min(self.current_start_frame, context_frames) if self.do_kv_recompute else self.current_start_frame
+
     def ids(self, call_id: int = -1) -> dict[str, int]:
         return {"call_id": call_id, "chunk_index": self.chunk_index, "cache_epoch": self.cache_epoch}
 

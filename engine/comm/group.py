@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NewType
 
-from engine.errors import GroupError
+from engine.errors import CommError, GroupError
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +106,8 @@ class Group:
         """Sum in place over the group; returns the same tensor."""
         self._enter("all_reduce", tensor)
         if self.size > 1:
-            dist().all_reduce(tensor, group=self._pg)
+            with self._backend("all_reduce"):
+                dist().all_reduce(tensor, group=self._pg)
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -115,14 +118,16 @@ class Group:
         import torch
 
         parts = [torch.empty_like(tensor) for _ in self.members]
-        dist().all_gather(parts, tensor, group=self._pg)
+        with self._backend("all_gather"):
+            dist().all_gather(parts, tensor, group=self._pg)
         return parts
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """In place, from the leader."""
         self._enter("broadcast", tensor)
         if self.size > 1:
-            dist().broadcast(tensor, src=self.members[0], group=self._pg)
+            with self._backend("broadcast"):
+                dist().broadcast(tensor, src=self.members[0], group=self._pg)
         return tensor
 
     def barrier(self) -> None:
@@ -148,6 +153,21 @@ class Group:
                 next_step="tpctl runbook show wrong-group",
             )
         self.ledger.add(self.name, op, tuple(tensor.shape), str(tensor.dtype))
+
+    @contextmanager
+    def _backend(self, op: str) -> Iterator[None]:
+        """Turn the backend's failure into ours: a peer that closed its socket, or a timeout."""
+        try:
+            yield
+        except RuntimeError as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise CommError(
+                f"rank {self.rank}: {op} on {self.name} failed: {lines[0][:300]}",
+                fm="FM-40",
+                ids=self.gate.ids,
+                evidence={"group": self.name, "op": op, "rank": self.rank},
+                next_step="the first cause is another rank's: look at the reports of the other ranks",
+            ) from error
 
     def _require_member(self, op: str) -> None:
         if self.rank not in self.members:

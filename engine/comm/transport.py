@@ -1,0 +1,105 @@
+"""The link of v0 and v1.1: frames travel as broadcasts on `mesh_pg`, from the leader to every other mesh rank.
+
+A frame costs at most three messages: header, meta, payload. A heartbeat costs one. Header and meta stay on the CPU, so
+reading a header never waits for a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.blackbox import BlackBox
+from engine.comm.group import Group
+from engine.errors import PeerError
+from engine.wire.envelope import Envelope, Shapes
+from engine.wire.frame import PayloadBuffer, PreparedFrame, parse_meta, rebuild
+from engine.wire.header import HEADER_BYTES, Action, Header, Limits, LinkState, parse_header
+
+
+@dataclass(frozen=True)
+class Received:
+    """What came over the link: the header, the raw meta (for digests) and, for INFER, the rebuilt envelope.
+
+    The envelope's tensors are views of the link's buffer: they are valid until the next `receive`.
+    """
+
+    header: Header
+    meta: dict[str, Any]
+    envelope: Envelope | None
+
+
+class BroadcastLink:
+    """One end of the link. The leader sends, every other member receives; both keep the id rules in `state`."""
+
+    def __init__(
+        self,
+        group: Group,
+        limits: Limits,
+        shapes: Shapes,
+        tp_plan: str,
+        device: str = "cpu",
+        blackbox: BlackBox | None = None,
+    ) -> None:
+        self.group = group
+        self.limits = limits
+        self.shapes = shapes
+        self.tp_plan = tp_plan
+        self.state = LinkState()
+        self.buffer = PayloadBuffer(device=device)
+        self._blackbox = blackbox
+        self._header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
+
+    def next_call_id(self) -> int:
+        return self.state.last_call_id + 1
+
+    def send(self, frame: PreparedFrame) -> None:
+        """Broadcast a prepared frame. From the header on, every other member waits for the rest of it."""
+        self._commit(f"send {frame.header.action.name}", frame.header)
+        self.state.advance(frame.header)
+        if self.group.size == 1:
+            return
+        self._header.copy_(torch.frombuffer(bytearray(frame.header_bytes), dtype=torch.uint8))
+        self.group.broadcast(self._header)
+        if frame.meta:
+            self.group.broadcast(torch.frombuffer(bytearray(frame.meta), dtype=torch.uint8))
+        if frame.payload is not None:
+            self.group.broadcast(frame.payload)
+
+    def receive(self) -> Received:
+        """Wait for the next frame, in the receiver order of the contract (section 4).
+
+        Raises:
+            FrameError: the frame is refused; nothing of it is used.
+            PeerError: the leader said ERROR.
+        """
+        self._commit("wait header", None)
+        self.group.broadcast(self._header)
+        header = parse_header(self._header.numpy().tobytes(), self.state, self.limits)
+        self._commit(f"recv {header.action.name}", header)
+        meta: dict[str, Any] = {}
+        if header.meta_bytes:
+            raw = torch.empty(header.meta_bytes, dtype=torch.uint8)
+            self.group.broadcast(raw)
+            meta = parse_meta(header, raw.numpy().tobytes())
+        envelope = None
+        if header.action is Action.INFER:
+            payload = self.buffer.view(header.payload_bytes) if header.payload_bytes else None
+            if payload is not None:
+                self.group.broadcast(payload)
+            envelope = rebuild(header, meta, payload, shapes=self.shapes, tp_plan=self.tp_plan)
+        self.state.advance(header)
+        if header.action is Action.ERROR:
+            raise PeerError(
+                f"the leader of {self.group.name} (rank {self.group.members[0]}) said ERROR: "
+                f"{meta.get('code')} {meta.get('message')}",
+                ids=header.ids(),
+                evidence=meta,
+            )
+        return Received(header, meta, envelope)
+
+    def _commit(self, action: str, header: Header | None) -> None:
+        if self._blackbox is not None:
+            self._blackbox.commit(action, self.group.name, header.ids() if header else {})

@@ -1,0 +1,76 @@
+"""What a rank tells the world about itself: one JSON file, replaced atomically, at ready, at the end and at death."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from engine.errors import EngineError
+from engine.lifecycle import RankState, can_move
+
+SCHEMA, SCHEMA_VERSION = "tpctl.rank-report", 1
+
+
+@dataclass
+class RankReport:
+    """Fields of `RUN/ranks/rank{r}.json`. Times in seconds since the process started, sizes in bytes."""
+
+    path: Path
+    rank: int
+    mesh_rank: int = -1
+    role: str = "unknown"
+    tp_plan: str = "unknown"
+    state: RankState = RankState.STARTING
+    exit_code: int | None = None
+    error: dict[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
+    effective: dict[str, str] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    generator: dict[str, Any] = field(default_factory=dict)
+    chunks: list[dict[str, Any]] = field(default_factory=list)
+    account: dict[str, int] | None = None
+    outputs: dict[str, str] | None = None
+
+    def move(self, state: RankState) -> None:
+        """Take a legal transition; stamps the time of reaching each state."""
+        if not can_move(self.state, state):
+            raise EngineError(f"rank {self.rank} cannot go from {self.state} to {state}", exit_code=70)
+        self.state = state
+        self.times[f"{state.value}_s"] = age_s()
+
+    def write(self) -> None:
+        data = asdict(self) | {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "memory": self.memory | {"peak_rss_bytes": peak_rss_bytes()},
+            "imported": {name: name in sys.modules for name in ("transformers", "diffusers")},
+        }
+        del data["path"]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        temporary.replace(self.path)
+
+
+def age_s() -> float:
+    """Seconds since this process was started, imports included."""
+    return time.time() - psutil.Process().create_time()
+
+
+def peak_rss_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def rss_bytes() -> int:
+    return int(psutil.Process().memory_info().rss)

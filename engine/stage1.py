@@ -1,0 +1,234 @@
+"""Phase B: the generator, in lockstep over the mesh. Knows nothing of prompts, text encoders or pixels."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from engine import tripwires
+from engine.blackbox import BlackBox
+from engine.comm.group import Group, Phase
+from engine.config import EngineConfig
+from engine.errors import CallCountError, TripwireError
+from engine.model.dit import DiT
+from engine.model.kv_cache import CrossAttnCache, KVCache
+from engine.model.scheduler import FlowMatchScheduler
+from engine.plan import ChunkPlan
+from engine.wire.envelope import Envelope
+
+# Shape legend: B batch (1), F latent frames of a chunk, K context frames, C latent channels, H W latent size.
+
+
+@dataclass(frozen=True)
+class MeshResult:
+    """What phase B made of one chunk. `latents_out_BFCHW` is clean; the digests are 0 where their tripwire is off."""
+
+    latents_out_BFCHW: torch.Tensor
+    start_frame: int
+    observed_generator_calls: int
+    input_digest_i64: int
+    output_digest_i64: int
+    t_b_ms: float
+
+
+class Stage1:
+    """One mesh rank's generator with its caches."""
+
+    def __init__(
+        self, dit: DiT, kv: KVCache, cross: CrossAttnCache, mesh: Group, config: EngineConfig, blackbox: BlackBox
+    ) -> None:
+        self.dit = dit
+        self.kv = kv
+        self.cross = cross
+        self.mesh = mesh
+        self.config = config
+        self.scheduler = FlowMatchScheduler(config.schedule.shift)
+        self._blackbox = blackbox
+        self._next_start_frame = 0
+        self._calls = 0
+
+    @torch.inference_mode()
+    def step(self, envelope: Envelope, call_id: int) -> MeshResult:
+        """Run one chunk: check, reset, recompute, denoise, check again.
+
+        Args:
+            envelope: complete, i.e. with every tensor that the plan of v1.1c carries.
+            call_id: of the frame that brought it.
+
+        Raises:
+            CallCountError, TripwireError, PreflightError: before a generator call, or before the result leaves.
+        """
+        plan = envelope.plan
+        gate = self.mesh.gate
+        gate.phase, gate.ids = Phase.B, plan.ids(call_id)
+        self._blackbox.commit("enter B", self.mesh.name, gate.ids)
+        started = time.perf_counter()
+        plan.check(call_id)
+        self._check_progress(plan)
+        input_digest = self._agree_on_inputs(envelope)
+        self._apply_resets(plan)
+        self._calls = 0
+        start_frame = plan.start_frame(self.config.geometry.context_frames)
+        if plan.do_kv_recompute:
+            self._recompute(envelope)
+        latents_BFCHW = self._denoise(envelope, start_frame)
+        output_digest = self._agree_on_results(plan, latents_BFCHW)
+        self._next_start_frame = plan.current_start_frame + self.config.geometry.frames_per_chunk
+        gate.phase = Phase.LINK
+        self._blackbox.commit("leave B", self.mesh.name, gate.ids)
+        t_b_ms = (time.perf_counter() - started) * 1e3
+        return MeshResult(latents_BFCHW, start_frame, self._calls, input_digest, output_digest, t_b_ms)
+
+    @torch.inference_mode()
+    def warm_up(self) -> int:
+        """One generator call in lockstep on zeros, then empty caches. Returns the collectives it made.
+
+        The generator alone warms up: a worker without codecs has nothing else, and needs nothing else.
+        """
+        gate = self.mesh.gate
+        gate.phase, gate.ids = Phase.B, {"call_id": -1, "chunk_index": -1, "cache_epoch": -1}
+        dims, frames = self.config.dims, self.config.geometry.frames_per_chunk
+        weight = next(self.dit.parameters())
+        x_BFCHW = weight.new_zeros(1, frames, dims.in_dim, *self.config.latent_hw)
+        conditioning_BLD = weight.new_zeros(1, dims.text_len, dims.text_dim)
+        timestep_F = torch.full((frames,), self.config.schedule.denoising_step_list[0], device=weight.device)
+        for _ in range(2):  # the second call has its text cache: it shows what a call of the steady state costs
+            before = self.mesh.ledger.count
+            self.dit(x_BFCHW, timestep_F, conditioning_BLD, kv=self.kv, cross=self.cross, start_frame=0)
+            collectives = self.mesh.ledger.count - before
+        self.kv.reset()
+        self.cross.reset()
+        gate.phase = Phase.LINK
+        return collectives
+
+    def _check_progress(self, plan: ChunkPlan) -> None:
+        """`current_start_frame` follows from the last chunk on this rank, or is 0 at a hard cut."""
+        expected = 0 if plan.init_cache else self._next_start_frame
+        if plan.current_start_frame != expected:
+            raise TripwireError(
+                f"rank {self.mesh.rank}: current_start_frame is {plan.current_start_frame}, expected {expected}",
+                fm="FM-10",
+                ids=self.mesh.gate.ids,
+                evidence={"expected": expected, "got": plan.current_start_frame, "rank": self.mesh.rank},
+            )
+
+    def _agree_on_inputs(self, envelope: Envelope) -> int:
+        """One tiny collective, always run: planned calls, position, and the digest of all inputs at its cadence."""
+        plan = envelope.plan
+        digest = 0
+        if _due(self.config.tripwires.input_digest_every, plan.chunk_index):
+            digest = tripwires.digest(envelope.tensors, (plan,))
+        rows = self._gather([plan.computed_calls(), plan.current_start_frame, digest])
+        ranks = self.mesh.members
+        tripwires.raise_first(
+            [
+                tripwires.compare("call count", "planned generator calls", rows[0], ranks, "FM-02"),
+                tripwires.compare("position", "current_start_frame", rows[1], ranks, "FM-10"),
+                tripwires.compare("input digest", "meta and tensors", rows[2], ranks, "FM-30"),
+            ],
+            self.mesh.gate.ids,
+        )
+        return digest
+
+    def _apply_resets(self, plan: ChunkPlan) -> None:
+        if plan.reset_kv_cache:
+            self.kv.reset()
+        if plan.reset_crossattn_cache:
+            self.cross.reset()
+
+    def _recompute(self, envelope: Envelope) -> None:
+        """Rewrite the cache at positions 0..K-1 from the context frames, at timestep 0, without bias."""
+        context_BKCHW = envelope.tensor("context_frames")
+        timestep_K = torch.zeros(context_BKCHW.shape[1], dtype=torch.int64, device=context_BKCHW.device)
+        self._call(context_BKCHW, timestep_K, envelope, start_frame=0, recompute=True)
+
+    def _denoise(self, envelope: Envelope, start_frame: int) -> torch.Tensor:
+        plan = envelope.plan
+        x_BFCHW = envelope.tensor("latents")
+        frames = x_BFCHW.shape[1]
+        steps = plan.denoising_step_list
+        for number, step in enumerate(steps):
+            timestep_F = torch.full((frames,), step, dtype=torch.int64, device=x_BFCHW.device)
+            flow_BFCHW = self._call(
+                x_BFCHW, timestep_F, envelope, start_frame=start_frame, bias=plan.kv_cache_attention_bias
+            )
+            x0_BFCHW = self.scheduler.to_x0(x_BFCHW, flow_BFCHW, step)
+            if number + 1 < len(steps):
+                noise_BFCHW = envelope.tensor("renoise")[number]
+                x_BFCHW = self.scheduler.renoise(x0_BFCHW, noise_BFCHW, steps[number + 1])
+        if plan.clean_pass:
+            zeros_F = torch.zeros(frames, dtype=torch.int64, device=x_BFCHW.device)
+            self._call(x0_BFCHW, zeros_F, envelope, start_frame=start_frame)
+        return x0_BFCHW
+
+    def _call(
+        self,
+        x_BFCHW: torch.Tensor,
+        timestep_F: torch.Tensor,
+        envelope: Envelope,
+        *,
+        start_frame: int,
+        bias: float = 1.0,
+        recompute: bool = False,
+    ) -> torch.Tensor:
+        """One generator call, counted."""
+        if self._calls >= envelope.plan.expected_calls:
+            raise CallCountError(
+                f"rank {self.mesh.rank} was about to make generator call {self._calls + 1} of "
+                f"{envelope.plan.expected_calls} planned",
+                ids=self.mesh.gate.ids,
+            )
+        self._calls += 1
+        flow_BFCHW: torch.Tensor = self.dit(
+            x_BFCHW,
+            timestep_F,
+            envelope.tensor("conditioning_embeds"),
+            kv=self.kv,
+            cross=self.cross,
+            start_frame=start_frame,
+            bias=bias,
+            recompute=recompute,
+        )
+        return flow_BFCHW
+
+    def _agree_on_results(self, plan: ChunkPlan, latents_BFCHW: torch.Tensor) -> int:
+        """One tiny collective, always run: calls made, finite, the ledger so far, and the output's digest."""
+        digest = 0
+        if _due(self.config.tripwires.output_digest_every, plan.chunk_index):
+            digest = tripwires.digest({"latents_out": latents_BFCHW})
+        finite = int(torch.isfinite(latents_BFCHW).all())
+        ledger = self.mesh.ledger.value()
+        rows = self._gather([self._calls, finite, ledger, digest])
+        ids, ranks = self.mesh.gate.ids, self.mesh.members
+        tripwires.raise_first(
+            [
+                tripwires.compare("call count", "generator calls made", rows[0], ranks, "FM-02"),
+                tripwires.compare("collective ledger", "group, op, shape, dtype", rows[2], ranks, "FM-03"),
+                tripwires.compare("output digest", "latents_out", rows[3], ranks, "FM-30"),
+            ],
+            ids,
+        )
+        if self._calls != plan.expected_calls:
+            raise CallCountError(
+                f"rank {self.mesh.rank} made {self._calls} generator calls, {plan.expected_calls} were planned", ids=ids
+            )
+        bad = [int(rank) for rank, ok in zip(ranks, rows[1], strict=True) if not ok]
+        if bad:
+            raise TripwireError(
+                f"NaN or Inf in latents_out of chunk {plan.chunk_index} on rank {', '.join(map(str, bad))}",
+                fm="FM-31",
+                ids=ids,
+                evidence={"ranks": bad},
+            )
+        return digest
+
+    def _gather(self, values: list[int]) -> list[list[int]]:
+        """One int64 all_gather on the CPU: a list over ranks for each value."""
+        parts = self.mesh.all_gather(torch.tensor(values, dtype=torch.int64))
+        return torch.stack(parts).T.tolist()
+
+
+def _due(every: int, chunk_index: int) -> bool:
+    return every > 0 and chunk_index >= 0 and chunk_index % every == 0
