@@ -1,0 +1,19 @@
+"""Shared fixtures: one cache of tiny weights for the whole run, and single-threaded arithmetic."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def weights_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache directory for made weights, so tests never write into the user's own."""
+    yield tmp_path_factory.mktemp("weights")
