@@ -1,0 +1,5 @@
+"""`python -m tpctl`."""
+
+from tpctl.app import main
+
+main()

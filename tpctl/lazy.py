@@ -1,0 +1,49 @@
+"""A command group that imports a command's module only when that command is really called.
+
+The help page of `tpctl` needs a name and a line for each command, nothing more. So the group is built from stubs, and
+`resolve_command`, which runs when a command is called or completed, swaps the stub for the module's own command.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+# name, module, the line on the help page. The order is the order of the help page.
+COMMANDS: tuple[tuple[str, str, str], ...] = (
+    ("bringup", "tpctl.commands.bringup", "Run a bring-up matrix on real processes; gate each case; report."),
+    ("parity-check", "tpctl.commands.parity", "Compare configuration, environment and versions over ranks or hosts."),
+    ("env", "tpctl.commands.env", "Snapshot of this host: hardware, versions, thread settings."),
+    ("config", "tpctl.commands.config", "Write, show and check the configuration."),
+    ("schema", "tpctl.commands.schema", "Print the JSON Schema of a command's output."),
+    ("help", "tpctl.commands.help", "Topics that belong to no single command, such as exit-codes."),
+)
+MODULES = {name: module for name, module, _ in COMMANDS}
+
+
+class LazyGroup(TyperGroup):
+    """Loads commands on demand, and turns what escapes from them into a message and an exit code."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in MODULES:
+            command = typer.main.get_command(importlib.import_module(MODULES[name]).app)
+        return name, command, rest
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except Exception as error:  # the last stop: all that escapes becomes a message and a code
+            if not kwargs.get("standalone_mode", True):
+                raise
+            from tpctl.errors import report
+
+            sys.exit(report(error))
+
+
+def stub() -> None:
+    """Stands on the help page for a command whose module is not loaded yet."""

@@ -1,0 +1,81 @@
+"""Options that several commands share, and the configuration they resolve to."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engine.config import Loaded, dotted_keys, load
+from engine.errors import ConfigError
+from tpctl.output import Format
+
+OutputOption = Annotated[Format, typer.Option("-o", "--output", help="How to print the result.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr, only errors.")]
+NoColorOption = Annotated[bool, typer.Option("--no-color", help="No colour and no animation.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Warnings end with exit code 4.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("-c", "--config", help="Configuration file, in place of ./tpctl.toml.", metavar="FILE")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Set one value; repeatable.", metavar="SECTION.KEY=VALUE")
+]
+
+PROJECT_FILE = "tpctl.toml"
+
+
+def user_file() -> Path:
+    """The user's configuration file, whether it exists or not."""
+    import platformdirs
+
+    return Path(platformdirs.user_config_dir("tpctl")) / "config.toml"
+
+
+def config_files(config: Path | None) -> list[tuple[str, Path]]:
+    """(origin, path) pairs, weakest first: the user file, then `--config` or the project file."""
+    files: list[tuple[str, Path]] = []
+    if user_file().is_file():
+        files.append(("user file", user_file()))
+    if config is not None:
+        files.append(("file", config))
+    elif Path(PROJECT_FILE).is_file():
+        files.append(("project file", Path(PROJECT_FILE)))
+    return files
+
+
+def parse_sets(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """`section.key=value` texts as a mapping; the value's type is the configuration's business.
+
+    Raises:
+        ConfigError: a pair without `=` or with an unknown key (the nearest one is named).
+    """
+    overrides = {}
+    known = dotted_keys()
+    for pair in pairs or ():
+        dotted, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"--set needs SECTION.KEY=VALUE, got {pair!r}",
+                code="TP-1030",
+                next_step=f"tpctl config check --set {pair}=VALUE",
+            )
+        if dotted not in known:
+            near = difflib.get_close_matches(dotted, known, n=1)
+            raise ConfigError(
+                f"--set: unknown key '{dotted}'" + (f"; did you mean '{near[0]}'?" if near else ""),
+                code="TP-1008",
+                evidence={"key": dotted, "nearest": near[0] if near else None},
+                next_step="tpctl config show",
+            )
+        overrides[dotted] = value
+    return overrides
+
+
+def resolve(config: Path | None, sets: Sequence[str] | None) -> Loaded:
+    """The configuration of this invocation: flag > environment > project file > user file > default."""
+    return load(config_files(config), os.environ, parse_sets(sets))
