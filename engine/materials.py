@@ -145,7 +145,10 @@ class Materials:
 
         latents_BFCHW = draw()
         later = [draw() for _ in range(plan.num_denoise_steps - 1)]
-        return {"latents": latents_BFCHW} | ({"renoise": torch.stack(later)} if later else {})
+        tensors: dict[str, torch.Tensor | None] = {"latents": latents_BFCHW}
+        if later:
+            tensors["renoise"] = torch.stack(later)
+        return tensors
 
     @torch.inference_mode()
     def anchor(self, plan: ChunkPlan) -> torch.Tensor:

@@ -57,9 +57,14 @@ class ChunkPlan:
     def computed_calls(self) -> int:
         return expected_generator_calls(self.do_kv_recompute, len(self.denoising_step_list), self.clean_pass)
 
-    def start_frame(self, context_frames: int) -> int:
-        """The first position of the chunk in the generator: after the recomputed context, or on the timeline."""
-        return min(self.current_start_frame, context_frames) if self.do_kv_recompute else self.current_start_frame
+    def start_frame(self, context_frames: int, cache_end_frame: int) -> int:
+        """The first position of the chunk in the generator.
+
+        With recompute: right after the context, min(current_start_frame, K). Without: where the cache ends, which is
+        `current_start_frame` unless an earlier chunk of this epoch was recomputed. Then the cache's timeline is
+        shorter than the stream's, and it goes on without a gap that the model would see as a jump in time.
+        """
+        return min(self.current_start_frame, context_frames) if self.do_kv_recompute else cache_end_frame
 
     def ids(self, call_id: int = -1) -> dict[str, int]:
         return {"call_id": call_id, "chunk_index": self.chunk_index, "cache_epoch": self.cache_epoch}

@@ -10,17 +10,9 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ConfigError, TripwireError
 from engine.materials import Materials
-from engine.plan import V0, V1, V11A, V11B, ChunkPlan, expected_generator_calls
+from engine.plan import ChunkPlan, expected_generator_calls
 from engine.timeline import Event, Timeline
-from engine.wire.envelope import Envelope
-
-# What each plan's envelope leaves out, because the workers derive it. v1.1b sends the anchor alone (see `for_link`).
-DERIVED: dict[str, frozenset[str]] = {
-    V0: frozenset({"conditioning_embeds", "latents", "renoise", "context_frames"}),
-    V11A: frozenset({"latents", "renoise", "context_frames"}),
-    V11B: frozenset(),
-    V1: frozenset(),
-}
+from engine.wire.envelope import CARRIES, CARRIES_ANCHOR_ONLY, CARRIES_PROMPT, Envelope
 
 
 @dataclass(frozen=True)
@@ -67,13 +59,13 @@ class Stage0:
         return envelope
 
     def for_link(self, envelope: Envelope) -> Envelope:
-        """The part of a complete envelope that this plan sends; the workers derive the rest."""
+        """The part of a complete envelope that its plan carries; the workers derive the rest."""
         tp_plan = envelope.tp_plan
-        tensors = {key: tensor for key, tensor in envelope.tensors.items() if key not in DERIVED[tp_plan]}
+        tensors = {key: tensor for key, tensor in envelope.tensors.items() if key in CARRIES[tp_plan]}
         context_BKCHW = tensors.get("context_frames")
-        if tp_plan == V11B and context_BKCHW is not None:
+        if tp_plan in CARRIES_ANCHOR_ONLY and context_BKCHW is not None:
             tensors["context_frames"] = context_BKCHW[:, :1]
-        prompt = envelope.prompt if tp_plan == V0 else None
+        prompt = envelope.prompt if tp_plan in CARRIES_PROMPT else None
         return dataclasses.replace(envelope, prompt=prompt, tensors=tensors)
 
     def accept(self, latents_BFCHW: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:

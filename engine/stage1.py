@@ -70,7 +70,7 @@ class Stage1:
         input_digest = self._agree_on_inputs(envelope)
         self._apply_resets(plan)
         self._calls = 0
-        start_frame = plan.start_frame(self.config.geometry.context_frames)
+        start_frame = plan.start_frame(self.config.geometry.context_frames, self.kv.end_frame)
         if plan.do_kv_recompute:
             self._recompute(envelope)
         latents_BFCHW = self._denoise(envelope, start_frame)
@@ -140,13 +140,13 @@ class Stage1:
 
     def _recompute(self, envelope: Envelope) -> None:
         """Rewrite the cache at positions 0..K-1 from the context frames, at timestep 0, without bias."""
-        context_BKCHW = envelope.tensor("context_frames")
+        context_BKCHW = _tensor(envelope, "context_frames")
         timestep_K = torch.zeros(context_BKCHW.shape[1], dtype=torch.int64, device=context_BKCHW.device)
         self._call(context_BKCHW, timestep_K, envelope, start_frame=0, recompute=True)
 
     def _denoise(self, envelope: Envelope, start_frame: int) -> torch.Tensor:
         plan = envelope.plan
-        x_BFCHW = envelope.tensor("latents")
+        x_BFCHW = _tensor(envelope, "latents")
         frames = x_BFCHW.shape[1]
         steps = plan.denoising_step_list
         for number, step in enumerate(steps):
@@ -156,7 +156,7 @@ class Stage1:
             )
             x0_BFCHW = self.scheduler.to_x0(x_BFCHW, flow_BFCHW, step)
             if number + 1 < len(steps):
-                noise_BFCHW = envelope.tensor("renoise")[number]
+                noise_BFCHW = _tensor(envelope, "renoise")[number]
                 x_BFCHW = self.scheduler.renoise(x0_BFCHW, noise_BFCHW, steps[number + 1])
         if plan.clean_pass:
             zeros_F = torch.zeros(frames, dtype=torch.int64, device=x_BFCHW.device)
@@ -184,7 +184,7 @@ class Stage1:
         flow_BFCHW: torch.Tensor = self.dit(
             x_BFCHW,
             timestep_F,
-            envelope.tensor("conditioning_embeds"),
+            _tensor(envelope, "conditioning_embeds"),
             kv=self.kv,
             cross=self.cross,
             start_frame=start_frame,
@@ -232,3 +232,19 @@ class Stage1:
 
 def _due(every: int, chunk_index: int) -> bool:
     return every > 0 and chunk_index >= 0 and chunk_index % every == 0
+
+
+def _tensor(envelope: Envelope, name: str) -> torch.Tensor:
+    """A tensor that phase B cannot do without; there is no fallback.
+
+    Raises:
+        TripwireError: the envelope was not completed.
+    """
+    tensor = envelope.tensors.get(name)
+    if tensor is None:
+        raise TripwireError(
+            f"phase B of chunk {envelope.plan.chunk_index} needs '{name}', which the envelope lacks",
+            fm="FM-06",
+            ids=envelope.plan.ids(),
+        )
+    return tensor

@@ -83,6 +83,6 @@ def digest(tensors: Mapping[str, torch.Tensor | None], scalars: Sequence[object]
             continue
         flat = tensor.detach().contiguous().cpu()
         hasher.update(f"{key}:{tuple(flat.shape)}:{flat.dtype}".encode())
-        hasher.update(flat.reshape(-1).view(torch.uint8).numpy())
+        hasher.update(flat.reshape(-1).view(torch.uint8).numpy().data)
     value: int = hasher.intdigest()
     return value - (1 << 64) if value >= 1 << 63 else value

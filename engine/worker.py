@@ -43,6 +43,7 @@ from engine.timeline import Timeline
 from engine.wire.envelope import Envelope, Shapes
 from engine.wire.frame import prepare, prepare_control
 from engine.wire.header import Action, Limits
+from engine.wire.meta import error_meta
 
 if TYPE_CHECKING:
     from engine.materials import Materials
@@ -206,8 +207,7 @@ def lead(worker: Worker, link: BroadcastLink, stage1: Stage1, materials: Materia
 def dismiss(link: BroadcastLink, error: BaseException) -> None:
     """Peers wait for a header: send them one. A refusal by `prepare` or a sink is ours alone, so they drain."""
     action = Action.SHUTDOWN if isinstance(error, PreflightError | SinkError) else Action.ERROR
-    record = error.to_record() if isinstance(error, EngineError) else {"code": "TP-1000", "message": repr(error)}
-    meta = None if action is Action.SHUTDOWN else {"code": record["code"], "message": record["message"], "ids": {}}
+    meta = error_meta(error) if action is Action.ERROR else None
     try:
         link.send(prepare_control(action, call_id=link.next_call_id(), link=link.state, meta=meta))
     except EngineError as second:

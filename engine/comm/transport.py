@@ -13,10 +13,11 @@ import torch
 
 from engine.blackbox import BlackBox
 from engine.comm.group import Group
-from engine.errors import PeerError
+from engine.errors import PreflightError
 from engine.wire.envelope import Envelope, Shapes
-from engine.wire.frame import PayloadBuffer, PreparedFrame, parse_meta, rebuild
+from engine.wire.frame import PayloadBuffer, PreparedFrame, check_specs, parse_meta, rebuild
 from engine.wire.header import HEADER_BYTES, Action, Header, Limits, LinkState, parse_header
+from engine.wire.meta import peer_error
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,13 @@ class BroadcastLink:
         return self.state.last_call_id + 1
 
     def send(self, frame: PreparedFrame) -> None:
-        """Broadcast a prepared frame. From the header on, every other member waits for the rest of it."""
+        """Broadcast a prepared frame. From the header on, every other member waits for the rest of it.
+
+        Raises:
+            PreflightError: the frame's buffer was used again since it was checked; nothing was sent.
+        """
+        if frame.stale:
+            raise PreflightError("this frame's payload was overwritten since prepare", code="TP-2128")
         self._commit(f"send {frame.header.action.name}", frame.header)
         self.state.advance(frame.header)
         if self.group.size == 1:
@@ -86,18 +93,13 @@ class BroadcastLink:
             meta = parse_meta(header, raw.numpy().tobytes())
         envelope = None
         if header.action is Action.INFER:
-            payload = self.buffer.view(header.payload_bytes) if header.payload_bytes else None
-            if payload is not None:
-                self.group.broadcast(payload)
-            envelope = rebuild(header, meta, payload, shapes=self.shapes, tp_plan=self.tp_plan)
+            # Judged before room is made for the payload, and again once it is there.
+            check_specs(header, meta, shapes=self.shapes, tp_plan=self.tp_plan, link=self.state)
+            payload = self.group.broadcast(self.buffer.view(header.payload_bytes))
+            envelope = rebuild(header, meta, payload, shapes=self.shapes, tp_plan=self.tp_plan, link=self.state)
         self.state.advance(header)
         if header.action is Action.ERROR:
-            raise PeerError(
-                f"the leader of {self.group.name} (rank {self.group.members[0]}) said ERROR: "
-                f"{meta.get('code')} {meta.get('message')}",
-                ids=header.ids(),
-                evidence=meta,
-            )
+            raise peer_error(header, meta)
         return Received(header, meta, envelope)
 
     def _commit(self, action: str, header: Header | None) -> None:

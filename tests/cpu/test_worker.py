@@ -17,15 +17,18 @@ TIMELINE = """
 at_chunk = 0
 prompt = "a red fox in the snow"
 [[event]]
-at_chunk = 2
+at_chunk = 1
 prompt = "the same fox at night"
 bias = 0.6
 [[event]]
 at_chunk = 3
-cut = true
+recompute = false
 [[event]]
 at_chunk = 4
-recompute = false
+recompute = true
+[[event]]
+at_chunk = 5
+cut = true
 """
 
 
@@ -64,9 +67,9 @@ def test_plan_equals_the_single_process(tp_plan: str, reference: Outcome, weight
         assert (ours[key] - latents).abs().max() <= 1e-4 * latents.abs().max(), key
     leader, worker = outcome.reports[0], outcome.reports[1]
     assert [c["input_digest_i64"] for c in leader["chunks"]] == [c["input_digest_i64"] for c in worker["chunks"]]
-    assert [c["observed_generator_calls"] for c in worker["chunks"]] == [4, 5, 5, 4, 4, 4]
-    assert [c["cache_epoch"] for c in worker["chunks"]] == [0, 0, 0, 1, 1, 1]
-    assert [c["start_frame"] for c in worker["chunks"]] == [0, 3, 3, 0, 3, 6]
+    assert [c["observed_generator_calls"] for c in worker["chunks"]] == [4, 5, 5, 4, 5, 4]
+    assert [c["cache_epoch"] for c in worker["chunks"]] == [0, 0, 0, 0, 0, 1]
+    assert [c["start_frame"] for c in worker["chunks"]] == [0, 3, 3, 6, 3, 0]
     # A worker holds the text encoder in v0 alone, and no codec at all in v1.1c.
     assert worker["imported"]["transformers"] is (tp_plan == V0)
     assert worker["imported"]["diffusers"] is (tp_plan != V1)
