@@ -194,8 +194,9 @@ def _unnest(loaded: Any, path: Path) -> tuple[dict[str, Tensor], str]:
 
 def _corrupt(file: Path, error: Exception) -> WeightsError:
     size = file.stat().st_size if file.exists() else 0
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return WeightsError(
-        f"{file} ({size} bytes) is truncated, corrupt or of another format: {str(error).splitlines()[0]}",
+        f"{file} ({size} bytes) is truncated, corrupt or of another format: {first_line}",
         code="TP-4005",
         where=str(file),
         evidence={"size_bytes": size, "cause": str(error)},
