@@ -67,6 +67,7 @@ class Worker:
     def run(self) -> None:
         """Start-up, the stream, the end. Raises whatever ends this rank early."""
         report, comm = self.report, self.config.comm
+        self.topology.require_world(self.env)
         report.mesh_rank = self.topology.mesh_rank(self.env.rank)
         report.role = self.topology.role(self.env.rank)
         report.tp_plan = self.config.plan.tp_plan

@@ -35,6 +35,16 @@ class Topology:
             raise ConfigError(f"no topology for plan '{plan.tp_plan}'", code="TP-1007")
         return cls(plan.tp_plan, plan.tp, tuple(Rank(r) for r in range(plan.tp)))
 
+    def require_world(self, env: RankEnv) -> None:
+        """Raise ConfigError if the launcher started another number of ranks than the plan needs."""
+        if env.world_size != self.world_size:
+            raise ConfigError(
+                f"plan {self.tp_plan} needs {self.world_size} ranks, the launcher started {env.world_size}",
+                code="TP-1012",
+                fm="FM-01",
+                next_step="start as many ranks as plan.tp says, or let `tpctl` start them",
+            )
+
     def mesh_rank(self, rank: int) -> int:
         return self.mesh.index(Rank(rank))
 
@@ -110,15 +120,7 @@ def create_groups(env: RankEnv, config: EngineConfig, topology: Topology, meetin
 
     Raises:
         CommError: the backend cannot start.
-        ConfigError: the launcher started another number of ranks than the plan needs.
     """
-    if env.world_size != topology.world_size:
-        raise ConfigError(
-            f"plan {topology.tp_plan} with tp={config.plan.tp} needs {topology.world_size} ranks, "
-            f"the launcher started {env.world_size}",
-            code="TP-1012",
-            fm="FM-01",
-        )
     gate = PhaseGate()
     rank = Rank(env.rank)
     world = tuple(Rank(r) for r in range(env.world_size))
