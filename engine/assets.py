@@ -130,7 +130,9 @@ def _made(config: EngineConfig, part: str, make: Callable[[Path], None]) -> Path
         with _locked(root / f".{name}.lock"):
             if final.is_dir():  # another process made it while this one waited
                 return final
-            building = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
+            for leftover in root.glob(f".{name}.*.part"):  # of a maker that was killed; its lock went with it
+                shutil.rmtree(leftover, ignore_errors=True)
+            building = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=root))
             try:
                 make(building)
                 building.chmod(0o755)
