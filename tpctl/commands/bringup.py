@@ -1,0 +1,176 @@
+"""`tpctl bringup`: run a matrix, gate each case, report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tpctl import options
+from tpctl.errors import CliError
+from tpctl.exitcodes import ExitCode, for_verdict, worst_code
+from tpctl.launch.local import check_endpoint
+from tpctl.matrix import baseline as baselines
+from tpctl.matrix import report
+from tpctl.matrix.cases import Matrix, builtin, load_matrix
+from tpctl.matrix.progress import watcher
+from tpctl.matrix.runner import CaseResult, Runner, make_assets
+from tpctl.output import Column, Envelope, Format, Output, Table, to_json
+from tpctl.verdict import Coverage, Verdict, worst
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command(
+    epilog="Examples: tpctl bringup | tpctl bringup --list | tpctl bringup --level 1 -o json | "
+    "tpctl bringup --case v1.1c-tp2 -o wide | tpctl bringup --junit bringup.xml --baseline runs/LAST"
+)
+def bringup(
+    level: Annotated[int, typer.Option("--level", min=1, max=3, help="1 seconds, 2 all plans, 3 sweeps.")] = 2,
+    matrix: Annotated[
+        Path | None, typer.Option("--matrix", help="A matrix file, in place of a level.", metavar="FILE")
+    ] = None,
+    case: Annotated[
+        list[str] | None, typer.Option("--case", help="Only this case, and those it needs; repeatable.", metavar="ID")
+    ] = None,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first case that is not healthy.")] = False,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Default: runs/<UTC time>-bringup.", metavar="DIR")
+    ] = None,
+    rdzv_endpoint: Annotated[
+        str, typer.Option("--rdzv-endpoint", help="Where ranks meet; port 0 takes a free one.", metavar="HOST:PORT")
+    ] = "localhost:0",
+    junit: Annotated[Path | None, typer.Option("--junit", help="Also write JUnit XML.", metavar="FILE")] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="Compare with a run directory, file or name.", metavar="RUN")
+    ] = None,
+    save_baseline: Annotated[
+        str | None, typer.Option("--save-baseline", help="Keep this run's figures.", metavar="NAME|FILE")
+    ] = None,
+    list_cases: Annotated[bool, typer.Option("--list", help="List the cases and leave.")] = False,
+    config: options.ConfigOption = None,
+    sets: options.SetOption = None,
+    strict: options.StrictOption = False,
+    output: options.OutputOption = Format.table,
+    quiet: options.QuietOption = False,
+    no_color: options.NoColorOption = False,
+    debug: options.DebugOption = False,
+) -> None:
+    """Run a bring-up matrix on real processes, gate each case, and report; all cases run even if one fails."""
+    out = Output.open(output, quiet, no_color, debug)
+    chosen = builtin(level) if matrix is None else load_matrix(matrix)
+    chosen = chosen.select(case) if case else chosen
+    if list_cases:
+        print_list(out, chosen)
+        return
+    check_endpoint(rdzv_endpoint)
+    base = options.resolve(config, sets).config
+    base = replace(base, plan=replace(base.plan, tp=1))
+    reference = baselines.read(baseline) if baseline else None
+    if junit is not None and not junit.resolve().parent.is_dir():
+        raise CliError(f"cannot write {junit}: its directory does not exist", next_step=f"mkdir -p {junit.parent}")
+    directory = new_run_dir(run_dir)
+    out.say(f"run directory: {directory}")
+    if any(item.kind == "run" and item.expect == "pass" for item in chosen.cases):
+        out.say("making weights and tokenizer, where they are not there yet")
+        make_assets(base, directory)
+    here = baselines.key()
+    with watcher(out, len(chosen.cases)) as watch:
+        results = Runner(base, directory, watch, rdzv_endpoint, fail_fast).run(chosen)
+    if reference is not None:
+        results = [with_baseline(result, reference, here) for result in results]
+    envelope = envelope_of(chosen, results, directory, here)
+    (directory / "result.json").write_text(to_json(envelope.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if junit is not None:
+        report.write_junit(results, junit, f"tpctl bringup: {chosen.title}")
+    if save_baseline:
+        kept = baselines.save(save_baseline, envelope.data["cases"])
+        out.say(f"saved the baseline {kept}")
+    out.emit(envelope, [report.table(results)], closing(envelope, results, directory))
+    code = worst_code([for_verdict(envelope.verdict, strict), *(r.exit_code for r in results if r.timed_out)])
+    only_late = all(r.timed_out for r in results if r.verdict is Verdict.FAIL)
+    raise typer.Exit(int(ExitCode.DEADLINE if code is ExitCode.CHECK_FAILED and only_late else code))
+
+
+def new_run_dir(wanted: Path | None) -> Path:
+    """Made, empty of earlier results. Raises CliError for one that was used before."""
+    directory = wanted or Path("runs") / datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ-bringup")
+    if (directory / "result.json").exists() or (directory / "config.toml").exists():
+        raise CliError(
+            f"{directory} holds an earlier run, which would mix with this one",
+            code="TP-7005",
+            next_step="choose another --run-dir, or leave it out",
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def with_baseline(result: CaseResult, reference: dict[str, Any], here: dict[str, str]) -> CaseResult:
+    if not result.metrics.get("period_p50_ms"):
+        return result
+    found = baselines.compare(result.case.id, result.metrics, reference, here)
+    return replace(result, findings=(*result.findings, *found))
+
+
+def envelope_of(matrix: Matrix, results: list[CaseResult], directory: Path, here: dict[str, str]) -> Envelope:
+    verdict = worst(result.verdict for result in results)
+    coverage = Coverage(sum(r.coverage.checked for r in results), sum(r.coverage.expected for r in results))
+    bad = [result for result in results if result.verdict not in (Verdict.PASS, Verdict.WARN)]
+    steps: list[str] = []
+    for result in bad[:3]:
+        if result.cause is not None and result.cause.next:
+            steps.append(result.cause.next)
+        steps.append(f"tpctl bringup --case {result.case.id} -o wide")
+    data = {
+        "matrix": matrix.title,
+        "run_dir": str(directory),
+        "host": here,
+        "cases": [result.to_dict() for result in results],
+    }
+    findings = tuple(
+        replace(finding, where=result.case.id)
+        for result in results
+        for finding in result.findings
+        if finding.verdict not in (Verdict.PASS, Verdict.SKIP)
+    )
+    return Envelope("tpctl.bringup", verdict, data, findings, coverage, tuple(dict.fromkeys(steps)), directory.name)
+
+
+def closing(envelope: Envelope, results: list[CaseResult], directory: Path) -> list[str]:
+    passed = sum(result.verdict is Verdict.PASS for result in results)
+    cover = envelope.coverage
+    lines = [
+        *report.explain(results),
+        "",
+        f"{envelope.verdict}  {passed} of {len(results)} cases, {cover.checked} of {cover.expected} gates  {directory}",
+    ]
+    return [*lines, *(f"next: {step}" for step in envelope.next)]
+
+
+def print_list(out: Output, matrix: Matrix) -> None:
+    rows = [
+        {
+            "id": item.id,
+            "plan": item.plan,
+            "tp": item.tp,
+            "chunks": item.chunks,
+            "reference": item.reference,
+            "gates": list(item.gates) or [item.kind],
+            "title": item.title,
+        }
+        for item in matrix.cases
+    ]
+    columns = [
+        Column("case", "id"),
+        Column("plan", "plan", narrow=False),
+        Column("tp", "tp", right=True),
+        Column("chunks", "chunks", right=True),
+        Column("reference", "reference", narrow=False),
+        Column("what", "title"),
+        Column("gates", "gates", narrow=False),
+    ]
+    data = {"matrix": matrix.title, "cases": rows}
+    out.emit(Envelope("tpctl.bringup-list", Verdict.PASS, data), [Table(columns, rows, matrix.title)])

@@ -1,0 +1,191 @@
+"""Ranks on this host, through torch's elastic launcher. What was started is gone when `run` returns.
+
+The launcher starts each rank in a session of its own, so a process group alone does not reach them. Every process
+inherits a tag in its environment instead, and whoever still carries the tag at the end is a leftover.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tpctl.errors import LaunchError
+from tpctl.launch.environment import rank_environment
+
+TAG = "TPCTL_LAUNCH_TAG"
+TICK_S = 0.2
+# How long SIGTERM (drain) may take before SIGKILL, and how long the kernel may take to bury the killed.
+GRACE_S = 5.0
+REAP_S = 10.0
+
+
+@dataclass(frozen=True)
+class LaunchSpec:
+    """What to start: `nproc` ranks of `module` on this host, one host of `nnodes`. Times in seconds."""
+
+    nproc: int
+    run_dir: Path
+    arguments: Sequence[str]
+    deadline_s: float
+    module: str = "engine.worker"
+    nnodes: int = 1
+    node_rank: int = 0
+    rdzv_endpoint: str = "localhost:0"
+    rdzv_id: str = "job"
+
+    def command(self) -> list[str]:
+        """The launcher's command line."""
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nnodes={self.nnodes}",
+            f"--nproc-per-node={self.nproc}",
+            f"--node-rank={self.node_rank}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={self.rdzv_endpoint}",
+            f"--rdzv-id={self.rdzv_id}",
+            "--max-restarts=0",
+            "--monitor-interval=0.1",
+            f"--log-dir={self.run_dir / 'logs'}",
+            "--redirects=3",
+            "-m",
+            self.module,
+            *self.arguments,
+        ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a launch ended. `leftovers` are processes that were alive after the launcher left, and were then killed."""
+
+    returncode: int | None
+    timed_out: bool
+    wall_s: float
+    ended_at: float
+    leftovers: tuple[str, ...] = field(default=())
+    immortal: tuple[str, ...] = field(default=())
+
+
+def run(spec: LaunchSpec, tick: Callable[[float], None] = lambda elapsed_s: None) -> Outcome:
+    """Start, wait until the end or the deadline, clean up. `tick` gets the elapsed seconds a few times a second.
+
+    Raises:
+        LaunchError: the port is in use, or the launcher cannot be started.
+        KeyboardInterrupt: passed on, after everything that was started is gone.
+    """
+    check_endpoint(spec.rdzv_endpoint, spec.nnodes, spec.node_rank)
+    spec.run_dir.mkdir(parents=True, exist_ok=True)
+    tag = f"{os.getpid()}-{uuid.uuid4().hex}"
+    started = time.monotonic()
+    with (spec.run_dir / "launcher.log").open("wb") as log:
+        try:
+            process = subprocess.Popen(
+                spec.command(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=rank_environment() | {TAG: tag},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise LaunchError(f"cannot start the launcher: {error}", code="TP-7102") from error
+        try:
+            timed_out = not _wait(process, started, spec.deadline_s, tick)
+            ended_at = time.time()
+        except BaseException:
+            _end(process, tag)
+            raise
+        if timed_out:
+            _, immortal = _end(process, tag)
+            return Outcome(process.returncode, True, time.monotonic() - started, time.time(), (), immortal)
+        leftovers, immortal = _kill(tagged(tag))
+    return Outcome(process.returncode, False, time.monotonic() - started, ended_at, leftovers, immortal)
+
+
+def check_endpoint(endpoint: str, nnodes: int = 1, node_rank: int = 0) -> None:
+    """A port that was asked for by number must be free on the host that will listen.
+
+    Raises:
+        LaunchError: malformed endpoint, or a port that is in use.
+    """
+    host, _, port_text = endpoint.rpartition(":")
+    if not host or not port_text.isdigit() or int(port_text) > 65535:
+        raise LaunchError(
+            f"the rendezvous endpoint must be HOST:PORT, is {endpoint!r}", code="TP-7103", next_step="localhost:0"
+        )
+    if int(port_text) == 0 or (nnodes > 1 and node_rank != 0):
+        return
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("" if nnodes > 1 else host, int(port_text)))
+        except OSError as error:
+            raise LaunchError(
+                f"port {port_text} on {host} cannot be used: {error.strerror}",
+                code="TP-7104",
+                evidence={"endpoint": endpoint},
+                next_step="leave --rdzv-endpoint out, and a free port is chosen",
+            ) from error
+
+
+def tagged(tag: str) -> list[int]:
+    """Ids of living processes that carry the tag."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(TAG) == tag and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
+def _wait(process: subprocess.Popen[bytes], started: float, deadline_s: float, tick: Callable[[float], None]) -> bool:
+    """True if it ended by itself before the deadline."""
+    while True:
+        elapsed = time.monotonic() - started
+        if elapsed >= deadline_s:
+            return False
+        try:
+            process.wait(timeout=min(TICK_S, deadline_s - elapsed))
+        except subprocess.TimeoutExpired:
+            tick(time.monotonic() - started)
+        else:
+            return True
+
+
+def _end(process: subprocess.Popen[bytes], tag: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """SIGTERM and a little grace, then SIGKILL, for the launcher's group and everyone who carries the tag."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=GRACE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=REAP_S)
+    return _kill(tagged(tag))
+
+
+def _kill(pids: list[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Kill and wait. Returns what was found alive, and what outlived SIGKILL."""
+    import psutil
+
+    processes, names = [], {}
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            names[pid] = f"{pid} {' '.join(process.cmdline()[:6])}"
+            process.kill()
+            processes.append(process)
+    _, alive = psutil.wait_procs(processes, timeout=REAP_S)
+    return tuple(names.values()), tuple(names[process.pid] for process in alive)
