@@ -59,6 +59,7 @@ class Worker:
         self.run_dir = run_dir
         self.report = report
         self.topology = Topology.of(config)
+        self.timeline = read_timeline(config)
         self.device = effective_device(config)
         if self.device == "cuda":
             torch.cuda.set_device(env.local_rank)
@@ -147,6 +148,11 @@ class Worker:
         )
 
 
+def read_timeline(config: EngineConfig) -> Timeline:
+    """The source of the run: the file of `run.timeline`, or `run.prompt` for all of it."""
+    return Timeline.load(Path(config.run.timeline)) if config.run.timeline else Timeline.of_prompt(config.run.prompt)
+
+
 def lead(worker: Worker, link: BroadcastLink, stage1: Stage1, materials: Materials) -> None:
     """Rank 0: phases A, B and C of every chunk, then SHUTDOWN. Peers are never left waiting for a header."""
     from engine.recorder import Recorder
@@ -155,7 +161,6 @@ def lead(worker: Worker, link: BroadcastLink, stage1: Stage1, materials: Materia
 
     config = worker.config
     run = config.run
-    timeline = Timeline.load(Path(run.timeline)) if run.timeline else Timeline.of_prompt(run.prompt)
     sinks: SinkSet | None = None
     recorder = Recorder(worker.run_dir, run.record_latents)
     account = worker.report.account = {"accepted": 0, "emitted": 0, "dropped": 0, "abandoned": 0}
@@ -163,7 +168,7 @@ def lead(worker: Worker, link: BroadcastLink, stage1: Stage1, materials: Materia
     try:
         directory = Path(config.sink.directory) if config.sink.directory else worker.run_dir
         sinks = open_sinks(config.sink, directory, height=config.geometry.height, width=config.geometry.width)
-        stage0 = Stage0(config, timeline, materials)
+        stage0 = Stage0(config, worker.timeline, materials)
         clock = Clock()
         for _ in range(run.chunks):
             account["accepted"] += 1
