@@ -1,0 +1,130 @@
+"""The arrows between modules run one way, and what must stay free of torch does."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Rooms from left to right; a module imports from its own room or from one to its left.
+ROOMS = (
+    ("errors",),
+    ("config", "plan", "timeline", "lifecycle", "blackbox", "report", "seeded_tokenizer"),
+    ("wire",),
+    ("comm",),
+    # `assets` makes tiny weights with the modules of model and codecs, and the loader asks it for them.
+    ("model", "codecs", "sinks", "tripwires", "seeded", "assets", "recorder"),
+    ("overlap", "watchdog", "drain", "faults", "materials"),
+    ("stage0", "stage1"),
+    ("worker",),
+)
+ORDER = {name: place for place, names in enumerate(ROOMS) for name in names}
+FIRST_GROUP = ("errors", "config", "plan", "timeline", "lifecycle", "blackbox", "report")
+TPCTL_MAY_IMPORT = {*FIRST_GROUP, "wire.header", "wire.problem"}
+TORCH_FREE = ("tpctl", "tpctl.app", "engine", *(f"engine.{name}" for name in FIRST_GROUP), "engine.wire.header")
+
+
+def imports_of(path: Path, *, loading: bool = False):
+    """Dotted modules that a file imports; `loading` leaves out those inside functions and under TYPE_CHECKING."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    todo = [ast.parse(path.read_text(encoding="utf-8"))]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level]) + "." if node.level else ""
+            module = (base + (node.module or "")).rstrip(".")
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        else:
+            lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or (
+                isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            )
+            if not (loading and lazy):
+                todo.extend(ast.iter_child_nodes(node))
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def room(dotted: str) -> str | None:
+    """The room of an engine module; None for other modules and for names that are no module (`engine.__version__`)."""
+    parts = dotted.split(".")
+    if parts[0] != "engine" or len(parts) < 2:
+        return None
+    place = ROOT / "engine" / parts[1]
+    return parts[1] if place.is_dir() or place.with_suffix(".py").exists() else None
+
+
+@pytest.mark.parametrize("path", sources("engine"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_engine_modules_import_from_their_left_only(path):
+    own = path.relative_to(ROOT / "engine").with_suffix("").parts[0]
+    if own == "__init__":
+        assert not [name for name in imports_of(path) if room(name)]
+        return
+    assert own in ORDER, f"{own} has no place in the order: give it one here"
+    wrong = sorted(
+        {name for name in imports_of(path) if room(name) in ORDER and ORDER[room(name)] > ORDER[own]}
+        | {name for name in imports_of(path) if name.startswith("tpctl")}
+    )
+    assert not wrong, f"{own} reaches to its right: {wrong}"
+
+
+def test_no_circle_while_modules_load():
+    """Rooms allow neighbours to import each other; modules must not do it in a circle."""
+    files = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in sources("engine")
+    }
+    graph = {name: {i for i in imports_of(p, loading=True) if i in files and i != name} for name, p in files.items()}
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert set(order) == set(files)
+
+
+def test_the_stages_never_import_each_other():
+    for own, other in (("stage0", "stage1"), ("stage1", "stage0")):
+        path = ROOT / "engine" / f"{own}.py"
+        if path.exists():
+            assert not [name for name in imports_of(path) if room(name) == other]
+
+
+@pytest.mark.parametrize("path", sources("tpctl"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_tpctl_imports_only_what_is_free_of_torch(path):
+    wrong = set()
+    for name in imports_of(path):
+        if name == "torch" or name.startswith("torch."):
+            wrong.add(name)
+        inner = name.removeprefix("engine.")
+        if room(name) and not any(inner == ok or inner.startswith(ok + ".") for ok in TPCTL_MAY_IMPORT):
+            wrong.add(name)
+    assert wrong <= {"engine.wire"}, sorted(wrong)  # `from engine.wire import header` names the package on its way
+
+
+def test_the_checker_sees_an_arrow_that_runs_the_wrong_way(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "engine" / "plan.py"
+    path.parent.mkdir()
+    path.write_text("def lazily():\n    from engine.wire import frame\n")
+    (tmp_path / "engine" / "wire").mkdir()
+    assert "engine.wire.frame" in set(imports_of(path))
+    assert "engine.wire.frame" not in set(imports_of(path, loading=True))
+    with pytest.raises(AssertionError, match="reaches to its right"):
+        test_engine_modules_import_from_their_left_only(path)
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_these_modules_load_without_heavy_libraries(module):
+    if module.startswith("engine.") and not (ROOT / (module.replace(".", "/") + ".py")).exists():
+        pytest.skip(f"{module} is not written yet")
+    heavy = "{'torch', 'transformers', 'diffusers', 'av', 'PIL', 'numpy'}"
+    code = f"import sys, {module}; print(sorted({{name.split('.')[0] for name in sys.modules}} & {heavy}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
