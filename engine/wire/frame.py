@@ -283,19 +283,22 @@ def rebuild(
     shapes: Shapes,
     tp_plan: str,
     link: LinkState | None = None,
+    specs: Sequence[TensorSpec] | None = None,
 ) -> Envelope:
     """The envelope of a received frame; its tensors are views of `payload`, so they live as long as its bytes do.
 
     Args:
         payload: uint8 [payload_bytes], at a multiple of 16 bytes in its storage.
         header, meta, shapes, tp_plan, link: as for `check_specs`.
+        specs: what `check_specs` returned for this very header and meta, to save doing it again.
 
     Raises:
         FrameError: specs, payload or the rebuilt envelope break the schema.
         CallCountError: planned, expected and computed calls differ (FM-02).
     """
     ids = header.ids()
-    specs = check_specs(header, meta, shapes=shapes, tp_plan=tp_plan, link=link)
+    if specs is None:
+        specs = check_specs(header, meta, shapes=shapes, tp_plan=tp_plan, link=link)
     problem = _payload_problem(payload, header)
     if problem is not None or payload is None:
         raise (problem or Problem("payload", "missing", "25")).refusal(ids)

@@ -261,6 +261,8 @@ def test_specs_are_checked_before_there_is_a_payload():
     meta = json.loads(frame.meta)
     specs = check_specs(frame.header, meta, shapes=SHAPES, tp_plan=V1)
     assert specs[0].key == "conditioning_embeds"
+    back = rebuild(frame.header, meta, frame.payload, shapes=SHAPES, tp_plan=V1, specs=specs)
+    assert back.plan == make(V1).plan
     meta["tensor_specs"][0][2] = [1, 5, 3]
     with pytest.raises(FrameError, match="conditioning_embeds"):
         check_specs(frame.header, meta, shapes=SHAPES, tp_plan=V1)
