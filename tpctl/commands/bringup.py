@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from engine.config import EngineConfig
 from tpctl import options
 from tpctl.errors import CliError
 from tpctl.exitcodes import ExitCode, for_verdict, worst_code
@@ -78,8 +80,7 @@ def bringup(
         out.say("making weights and tokenizer, where they are not there yet")
         make_assets(base, directory)
     here = baselines.key()
-    with watcher(out, len(chosen.cases)) as watch:
-        results = Runner(base, directory, watch, rdzv_endpoint, fail_fast).run(chosen)
+    results, interrupted = run_all(out, chosen, base, directory, rdzv_endpoint, fail_fast)
     if reference is not None:
         results = [with_baseline(result, reference, here) for result in results]
     envelope = envelope_of(chosen, results, directory, here)
@@ -90,9 +91,31 @@ def bringup(
         kept = baselines.save(save_baseline, envelope.data["cases"])
         out.say(f"saved the baseline {kept}")
     out.emit(envelope, [report.table(results)], closing(envelope, results, directory))
+    if interrupted:
+        raise typer.Exit(int(ExitCode.INTERRUPTED))
     code = worst_code([for_verdict(envelope.verdict, strict), *(r.exit_code for r in results if r.timed_out)])
     only_late = all(r.timed_out for r in results if r.verdict is Verdict.FAIL)
     raise typer.Exit(int(ExitCode.DEADLINE if code is ExitCode.CHECK_FAILED and only_late else code))
+
+
+def run_all(
+    out: Output, matrix: Matrix, base: EngineConfig, directory: Path, endpoint: str, fail_fast: bool
+) -> tuple[list[CaseResult], bool]:
+    """All results, and whether somebody interrupted. SIGTERM ends a bring-up as Ctrl-C does: nothing stays behind."""
+    results: list[CaseResult] = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with watcher(out, len(matrix.cases)) as watch:
+            runner = Runner(base, directory, watch, endpoint, fail_fast)
+            try:
+                runner.run(matrix, results)
+            except KeyboardInterrupt:
+                out.complain("interrupted: the processes of the running case are gone")
+                rest = matrix.cases[len(results) :]
+                return [*results, *(runner.not_run(item, "interrupted") for item in rest)], True
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return results, False
 
 
 def new_run_dir(wanted: Path | None) -> Path:

@@ -87,24 +87,27 @@ class Runner:
     fail_fast: bool = False
     module: str = "engine.worker"
 
-    def run(self, matrix: Matrix) -> list[CaseResult]:
-        """Every case; after a failure too, unless `fail_fast`. A case that did not run is UNCHECKED."""
+    def run(self, matrix: Matrix, results: list[CaseResult]) -> None:
+        """Every case, appended to `results`; after a failure too, unless `fail_fast`. What did not run is UNCHECKED.
+
+        Raises:
+            KeyboardInterrupt: after the running case's processes are gone; `results` keeps what was judged before.
+        """
         seen: dict[str, Observation] = {}
-        results: list[CaseResult] = []
         stopped = False
         for case in matrix.cases:
             if stopped:
-                skipped = Finding(
-                    "run", Verdict.UNCHECKED, "not run: an earlier case failed, and --fail-fast was given"
-                )
-                results.append(CaseResult(case, self.run_dir / case.id, (skipped,), {}))
+                results.append(self.not_run(case, "an earlier case failed, and --fail-fast was given"))
                 continue
             self.progress.start(case)
             result = self._parity(case) if case.kind == "parity" else self._case(case, seen)
             results.append(result)
             self.progress.done(result)
             stopped = self.fail_fast and result.verdict not in (Verdict.PASS, Verdict.WARN)
-        return results
+
+    def not_run(self, case: Case, why: str) -> CaseResult:
+        finding = Finding("run", Verdict.UNCHECKED, f"not run: {why}")
+        return CaseResult(case, self.run_dir / case.id, (finding,), {})
 
     def configuration(self, case: Case) -> dict[str, dict[str, Any]]:
         """The case's configuration as plain data, not yet validated: a case may ask for what must be refused."""
