@@ -82,6 +82,7 @@ class Worker:
         report.move(RankState.LOADING)
         stage1 = self._load_generator(groups)
         materials = self._load_materials()
+        report.times["loaded_s"] = age_s()  # this rank alone; ready_s waits for the slowest
         meeting.meet("load", self.config.liveness.load_budget_s)
         shapes = parity.shape_observation(self.config, groups.mesh.size, report.effective)
         replicated = {"weights.replicated": str(report.generator["replicated_fingerprint"])}

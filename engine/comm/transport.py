@@ -93,10 +93,12 @@ class BroadcastLink:
             meta = parse_meta(header, raw.numpy().tobytes())
         envelope = None
         if header.action is Action.INFER:
-            # Judged before room is made for the payload, and again once it is there.
-            check_specs(header, meta, shapes=self.shapes, tp_plan=self.tp_plan, link=self.state)
+            # Judged before room is made for the payload.
+            specs = check_specs(header, meta, shapes=self.shapes, tp_plan=self.tp_plan, link=self.state)
             payload = self.group.broadcast(self.buffer.view(header.payload_bytes))
-            envelope = rebuild(header, meta, payload, shapes=self.shapes, tp_plan=self.tp_plan, link=self.state)
+            envelope = rebuild(
+                header, meta, payload, shapes=self.shapes, tp_plan=self.tp_plan, link=self.state, specs=specs
+            )
         self.state.advance(header)
         if header.action is Action.ERROR:
             raise peer_error(header, meta)
