@@ -64,7 +64,7 @@ def resolve_backend(requested: str, device: str, dtype: str) -> tuple[str, str]:
             return "flex", "asked for; its kernel was compiled here and agrees with sdpa"
         raise ConfigError(
             f"attention_backend 'flex' cannot run on {device} in {dtype}: {failure}",
-            code="TP-1030",
+            code="TP-1031",
             evidence={"requested": requested, "device": device, "dtype": dtype, "failure": failure},
             next_step="tpctl config check --set model.attention_backend=sdpa",
         )

@@ -135,7 +135,7 @@ class KVCache:
         if problem:
             raise TripwireError(
                 f"the KV cache refuses a call: {problem}",
-                code="TP-6201",
+                code="TP-6301",
                 fm="FM-10",
                 evidence={"start_frame": start_frame, "frames": frames, "end_frame": end, "recompute": recompute},
             )

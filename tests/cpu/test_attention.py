@@ -67,7 +67,7 @@ def test_a_backend_that_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch) 
     try:
         with pytest.raises(ConfigError, match="cannot run on cpu in float32: no C\\+\\+ compiler found") as caught:
             resolve_backend("flex", "cpu", "float32")
-        assert caught.value.code == "TP-1030"
+        assert caught.value.code == "TP-1031"
         assert caught.value.exit_code == 77
     finally:
         flex_failure.cache_clear()

@@ -158,7 +158,7 @@ def test_places_that_no_plan_leads_to_are_refused(start: int, frames: int, recom
     before = (list(ring.global_end_index), list(ring.local_end_index))
     with pytest.raises(TripwireError, match=why) as caught:
         ring.span(start, frames, recompute=recompute)
-    assert caught.value.code == "TP-6201"
+    assert caught.value.code == "TP-6301"
     assert (ring.global_end_index, ring.local_end_index) == before
     fill(ring, 3, 3)  # the next step of the last chunk is still welcome
 
