@@ -120,7 +120,7 @@ class Output:
 
     def _print_table(self, table: Table) -> None:
         columns = [column for column in table.columns if column.narrow or self.format is Format.wide]
-        cells = [[_cell(row.get(column.key)) for column in columns] for row in table.rows]
+        cells = [[cell(row.get(column.key)) for column in columns] for row in table.rows]
         if table.title:
             print(table.title)
         if not self.pretty(sys.stdout):
@@ -213,7 +213,8 @@ def plain_table(headings: Sequence[str], cells: Sequence[Sequence[str]], right: 
     ]
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as a table shows it: three digits of a float, a dash for nothing."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -221,5 +222,5 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
     if isinstance(value, list | tuple):
-        return ", ".join(_cell(item) for item in value)
+        return ", ".join(cell(item) for item in value)
     return str(value)

@@ -245,9 +245,10 @@ def test_a_victim_alone_is_the_cause(tmp_path):
     assert first_cause(observe(run, outcome=replace(OUTCOME, returncode=1))).rank == 0
 
 
-def test_a_killed_rank_outranks_its_victims(tmp_path):
+@pytest.mark.parametrize("victim", [71, 72, 73, 74])
+def test_a_killed_rank_outranks_its_victims(tmp_path, victim):
     def edit(reports):
-        reports[0].update(exit_code=74, error=error(74, "connection reset"))
+        reports[0].update(exit_code=victim, error=error(victim, "waited in vain"))
         del reports[1]
 
     run = write_run(tmp_path / "run", edit)

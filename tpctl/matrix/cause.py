@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from tpctl.matrix.observation import Observation
 
 # These ranks died of another one's death, unless nobody else died.
 VICTIMS = frozenset({int(RankExit.PEER_ERROR), int(RankExit.TRANSPORT)})
+# These wait for somebody in vain: victims too, if a rank was killed.
+BEREFT = frozenset({int(RankExit.ORPHANED), int(RankExit.PHASE_BUDGET)})
 TAIL_LINES = 10
 TAIL_BYTES = 16384
 
@@ -57,12 +60,13 @@ def first_cause(seen: Observation) -> Cause | None:
         return None
     deaths = launcher_failures(seen.run_dir / "launcher.log")
     errors = _errors(seen)
-    culprits = {rank: report for rank, report in errors.items() if report["error"].get("exit_code") not in VICTIMS}
-    silent = [rank for rank in range(seen.case.tp) if rank in deaths and rank not in errors]
+    # A killed rank writes no report. `deaths` starts with the root cause; SIGTERM is the launcher tidying up.
+    silent = [rank for rank in deaths if rank not in errors]
+    killed = [rank for rank in silent if deaths[rank] != -signal.SIGTERM] or ([] if errors else silent)
+    victims = VICTIMS | BEREFT if killed and deaths[killed[0]] < 0 else VICTIMS
+    culprits = {rank: report for rank, report in errors.items() if report["error"].get("exit_code") not in victims}
     if culprits:
         return _of_report(seen, min(culprits, key=lambda rank: _when(culprits[rank])))
-    # A killed rank writes no report; its peers then die as victims. SIGTERM is the launcher tidying up, not a cause.
-    killed = [rank for rank in silent if deaths[rank] != -15] or ([] if errors else silent)
     if killed:
         return _of_death(seen, killed[0], deaths[killed[0]])
     if seen.outcome.timed_out:

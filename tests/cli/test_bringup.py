@@ -1,0 +1,128 @@
+"""`tpctl bringup` with the real engine: a case that holds, cases that fail in their own way, an interrupt."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from tests.cli.conftest import validated
+from tests.cli.test_launch import survivors
+from tpctl.commands.schema import load_schema
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = 'event = [{ at_chunk = 0, prompt = "a lighthouse" }]\n'
+GATES = (
+    'gates = ["exit-codes", "latents-equal", "pixels-equal", "frames", "calls", "digests", "outputs", "account", '
+    '"leftovers"]\n'
+)
+
+
+def start(tmp_path: Path, *args: str, matrix: str = "") -> subprocess.Popen[str]:
+    (tmp_path / "m.toml").write_text(matrix)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": str(tmp_path / "xdg")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tpctl", "bringup", "--run-dir", "run", "-o", "json", *args],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_generator_only_workers_hold(tmp_path):
+    matrix = f"""
+[defaults]
+chunks = 2
+{PROMPT}{GATES}
+[[case]]
+id = "ref"
+[[case]]
+id = "c"
+plan = "v1.1c"
+tp = 2
+reference = "ref"
+"""
+    process = start(tmp_path, "--matrix", "m.toml", "--junit", "j.xml", matrix=matrix)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    data = validated(out)
+    assert data["verdict"] == "PASS"
+    assert data["coverage"]["checked"] == data["coverage"]["expected"] == 15
+    case = data["data"]["cases"][1]
+    assert case["metrics"]["calls_expected"] == 9
+    assert case["metrics"]["worker_peak_bytes"] < case["metrics"]["leader_peak_bytes"]
+    assert case["metrics"]["ranks"]["1"]["role"] == "stage1"
+    run = tmp_path / "run"
+    assert json.loads((run / "result.json").read_text()) == data
+    assert "<testsuite " in (tmp_path / "j.xml").read_text()
+    for path in sorted(run.glob("*/ranks/rank*.json")):
+        jsonschema.Draft202012Validator(load_schema("rank-report")).validate(json.loads(path.read_text()))
+    assert "[2/2] PASS" in err
+    assert survivors(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_failures_name_their_cause_and_the_other_cases_still_run(tmp_path):
+    (tmp_path / "blocked").write_text("a file where a directory should be")
+    matrix = f"""
+[defaults]
+chunks = 1
+{PROMPT}
+[[case]]
+id = "sink"
+gates = ["exit-codes", "outputs"]
+config = {{ "sink.directory" = "{tmp_path / "blocked" / "out"}" }}
+[[case]]
+id = "late"
+gates = ["exit-codes", "leftovers"]
+deadline_s = 0.5
+[[case]]
+id = "weights"
+gates = ["exit-codes"]
+config = {{ "model.checkpoint" = "{tmp_path / "nothing.safetensors"}" }}
+"""
+    process = start(tmp_path, "--matrix", "m.toml", matrix=matrix)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 3, err
+    cases = {case["id"]: case for case in validated(out)["data"]["cases"]}
+    assert cases["sink"]["verdict"] == cases["late"]["verdict"] == cases["weights"]["verdict"] == "FAIL"
+    assert cases["sink"]["cause"]["rank"] == 0
+    assert cases["sink"]["cause"]["code"].startswith("TP-51")
+    assert "deadline" in cases["late"]["cause"]["message"]
+    assert cases["weights"]["cause"]["code"].startswith(("TP-40", "TP-10"))
+    assert (tmp_path / cases["weights"]["cause"]["log"]).is_file()
+    assert survivors(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_with_130_and_leaves_nothing(tmp_path, signum):
+    matrix = f'[[case]]\nid = "ref"\nchunks = 500\n{PROMPT}gates = ["calls"]\n[[case]]\nid = "b"\ngates = ["calls"]\n'
+    process = start(tmp_path, "--matrix", "m.toml", matrix=matrix)
+    try:
+        end = time.monotonic() + 120
+        while not (tmp_path / "run" / "ref" / "ranks").exists():
+            assert time.monotonic() < end, "the rank never started"
+            assert process.poll() is None, process.communicate()
+            os.sched_yield()
+        process.send_signal(signum)
+        out, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    assert process.returncode == 130, err
+    data = validated(out)
+    assert data["verdict"] == "UNCHECKED"
+    assert data["coverage"]["checked"] == 0
+    assert survivors(tmp_path) == []

@@ -1,0 +1,276 @@
+"""Matrix files, baselines and JUnit."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from engine.config import EngineConfig, from_dict
+from engine.errors import GeometryError
+from tests.cli.conftest import validated
+from tests.cli.runs import CASE, OUTCOME, observe, write_run
+from tpctl.commands.bringup import envelope_of, with_baseline
+from tpctl.commands.schema import load_schema
+from tpctl.exitcodes import ExitCode
+from tpctl.matrix import baseline, report
+from tpctl.matrix.cases import Matrix, builtin, load_matrix
+from tpctl.matrix.cause import first_cause
+from tpctl.matrix.gates import GATES, evaluate
+from tpctl.matrix.metrics import metrics
+from tpctl.matrix.runner import CaseResult, Runner
+from tpctl.output import cell, plain_table
+from tpctl.verdict import Finding, Verdict
+
+LEVEL2 = [
+    "ref",
+    "v0-tp2",
+    "v1.1a-tp2",
+    "v1.1b-tp2",
+    "v1.1c-tp2",
+    "v1.1c-tp3-refused",
+    "v1.1c-recompute-off",
+    "prompt-change",
+    "hard-cut",
+]
+
+
+class Silent:
+    def start(self, case): ...
+    def tick(self, case, elapsed_s): ...
+    def done(self, result): ...
+
+
+def test_level_2_has_every_case_of_the_issue():
+    ids = [case.id for case in builtin(2).cases]
+    assert [case for case in ids if not case.startswith("ref-")] == LEVEL2
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_builtin_cases_are_sound(level, tmp_path):
+    matrix = builtin(level)
+    runner = Runner(EngineConfig(), tmp_path, Silent())
+    by_id = {case.id: case for case in matrix.cases}
+    for case in matrix.cases:
+        if case.expect == "refused":
+            with pytest.raises(GeometryError):
+                from_dict(runner.configuration(case))
+            continue
+        config = from_dict(runner.configuration(case))
+        assert config.world_size == case.tp
+        assert config.run.record_latents
+        if case.tp > 1 and case.kind == "run":
+            # A reference is one process of the same timeline, chunks and configuration.
+            ref = by_id[case.reference]
+            assert (ref.tp, ref.chunks, ref.events, ref.config) == (1, case.chunks, case.events, case.config)
+            assert {"latents-equal", "pixels-equal", "calls", "digests", "leftovers"} <= set(case.gates)
+            assert ("imports" in case.gates) == (case.plan == "v1_generator_only")
+    assert any(case.tp == 4 for case in builtin(3).cases)
+
+
+def test_every_gate_is_used_by_a_builtin_matrix():
+    used = {gate for level in (1, 2, 3) for case in builtin(level).cases for gate in case.gates}
+    assert used == set(GATES)
+
+
+def test_a_case_brings_what_it_needs():
+    assert [case.id for case in builtin(2).select(["prompt-change"]).cases] == [
+        "ref",
+        "ref-prompt-change",
+        "prompt-change",
+    ]
+
+
+GOOD = '[[case]]\nid = "a"\ngates = ["calls"]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ("", "TP-7303", "no [[case]]"),
+        (GOOD + 'plan_name = "x"\n', "TP-7301", "unknown key 'plan_name'; did you mean 'plan'"),
+        ('[[case]]\nid = "a"\n', "TP-7308", "proves nothing"),
+        ('[[case]]\nid = "a"\ngates = ["call"]\n', "TP-7308", "did you mean 'calls'"),
+        (GOOD + 'plan = "v2"\n', "TP-7307", "unknown plan"),
+        (GOOD + "tp = 0\n", "TP-7306", "a whole number from 1"),
+        (GOOD + 'expect = "maybe"\n', "TP-7306", "one of pass, refused"),
+        (GOOD + 'reference = "b"\n', "TP-7305", "does not stand before it"),
+        (GOOD + GOOD, "TP-7304", "twice"),
+        ('[[case]]\nid = "../a"\ngates = ["calls"]\n', "TP-7301", "short name"),
+        (GOOD + 'config = { "schedule.recompte" = 1 }\n', "TP-7309", "did you mean 'schedule.recompute'"),
+        (GOOD + "event = [{ at_chunk = 1 }]\n", "TP-1023", "at_chunk = 0"),
+        ("[[case]\n", "TP-1005", "not valid TOML"),
+    ],
+)
+def test_bad_matrix_files(cli, tmp_path, text, code, words):
+    (tmp_path / "m.toml").write_text(text)
+    result = cli("bringup", "--matrix", "m.toml")
+    assert result.exit_code == 2
+    assert code in result.stderr
+    assert words in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unknown_case_suggests(cli):
+    result = cli("bringup", "--case", "v1.1c-tp")
+    assert result.exit_code == 2
+    assert "did you mean 'v1.1c-tp2'" in result.stderr
+
+
+def test_list_follows_its_schema(cli):
+    data = validated(cli("bringup", "--list", "-o", "json").stdout)["data"]
+    assert [row["id"] for row in data["cases"]] == [case.id for case in builtin(2).cases]
+
+
+def test_a_refused_case_runs_nothing_and_passes(cli, tmp_path):
+    result = cli("bringup", "--case", "v1.1c-tp3-refused", "-o", "json", "--run-dir", "run")
+    data = validated(result.stdout)
+    assert result.exit_code == 0, result.stderr
+    assert data["verdict"] == "PASS"
+    finding = data["data"]["cases"][0]["findings"][0]
+    assert "1, 2, 4" in finding["message"]
+    assert not (tmp_path / "run" / "v1.1c-tp3-refused" / "ranks").exists()
+    assert validated((tmp_path / "run" / "result.json").read_text()) == data
+    again = cli("bringup", "--case", "v1.1c-tp3-refused", "--run-dir", "run")
+    assert again.exit_code == 2
+    assert "TP-7005" in again.stderr
+
+
+def test_what_must_be_refused_but_is_not_fails(cli, tmp_path):
+    (tmp_path / "m.toml").write_text('[[case]]\nid = "a"\ntp = 2\nexpect = "refused"\ngates = ["refused"]\n')
+    result = cli("bringup", "--matrix", "m.toml", "-o", "json")
+    assert result.exit_code == 3
+    assert validated(result.stdout)["verdict"] == "FAIL"
+
+
+def test_a_used_run_directory_is_not_mixed(cli, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text("{}")
+    result = cli("bringup", "--run-dir", "run")
+    assert result.exit_code == 2
+    assert "TP-7005" in result.stderr
+
+
+def results(tmp_path: Path) -> list[CaseResult]:
+    """A healthy reference, and a case whose rank 1 made one call too few."""
+
+    def lose_a_call(reports):
+        reports[1]["chunks"][1]["observed_generator_calls"] = 4
+        reports[1].update(
+            exit_code=70,
+            error={
+                "type": "CallCountError",
+                "code": "TP-6101",
+                "fm": "FM-02",
+                "exit_code": 70,
+                "message": "4 of 5 calls",
+                "next": "tpctl env",
+            },
+        )
+
+    ref = observe(write_run(tmp_path / "ref", ranks=1), replace(CASE, id="ref", tp=1, reference=None))
+    bad = observe(write_run(tmp_path / "case", lose_a_call), outcome=replace(OUTCOME, returncode=1), reference=ref)
+    made = []
+    for seen in (ref, bad):
+        names = ("exit-codes", "latents-equal", "calls", "digests", "cut-repeats")[: 4 if seen is ref else 5]
+        found = tuple(evaluate(name, seen) for name in names)
+        made.append(CaseResult(seen.case, seen.run_dir, found, metrics(seen, found), first_cause(seen)))
+    return made
+
+
+def test_the_result_says_who_and_why_in_few_lines(tmp_path):
+    made = results(tmp_path)
+    assert [result.verdict for result in made] == [Verdict.PASS, Verdict.FAIL]
+    assert made[1].exit_code is ExitCode.CHECK_FAILED
+    lines = report.explain(made)
+    text = "\n".join(lines)
+    assert "first cause: rank 1, exit code 70: TP-6101: 4 of 5 calls" in text
+    assert "UNKNOWN   cut-repeats" in text
+    assert "latents-equal" not in text
+    assert len(lines) < 12
+    envelope = envelope_of(
+        Matrix("m", "m.toml", (CASE,)), made, tmp_path, {"cpu": "c", "torch": "t", "commit": "x"}
+    ).to_dict()
+    jsonschema.Draft202012Validator(load_schema("bringup")).validate(envelope)
+    assert envelope["verdict"] == "FAIL"
+    assert envelope["coverage"]["checked"] < envelope["coverage"]["expected"]
+    assert envelope["next"]
+
+
+def test_the_table_fits_80_columns(tmp_path):
+    table = report.table(results(tmp_path))
+    narrow = [column for column in table.columns if column.narrow]
+    cells = [[cell(row.get(column.key)) for column in narrow] for row in table.rows]
+    cells[0][0], cells[1][-1] = "v1.1c-recompute-off", ""
+    lines = plain_table([column.heading for column in narrow], cells, [column.right for column in narrow])
+    assert max(len(line.rstrip()) for line in lines) <= 80
+
+
+def test_junit_counts_failures_and_errors(tmp_path):
+    report.write_junit(results(tmp_path), tmp_path / "junit.xml", "bring-up")
+    suites = {suite.get("name"): suite for suite in ET.parse(tmp_path / "junit.xml").getroot()}
+    assert (suites["ref"].get("failures"), suites["ref"].get("errors")) == ("0", "0")
+    assert (suites["case"].get("failures"), suites["case"].get("errors")) == ("2", "1")
+    failure = suites["case"].find("./testcase[@name='calls']/failure")
+    assert "rank 1" in failure.text
+
+
+def test_baseline_round_trip_and_ratio(tmp_path):
+    made = results(tmp_path)
+    path = baseline.save(str(tmp_path / "base.json"), [result.to_dict() for result in made])
+    data = json.loads(path.read_text())
+    jsonschema.Draft202012Validator(load_schema("baseline")).validate(data)
+    base = baseline.read(str(path))
+    same = with_baseline(made[0], base, baseline.key())
+    assert same.verdict is Verdict.PASS
+    assert len(same.findings) == len(made[0].findings) + 3
+    slow = replace(made[0], metrics={**made[0].metrics, "period_p50_ms": made[0].metrics["period_p50_ms"] * 1.3})
+    assert with_baseline(slow, base, baseline.key()).verdict is Verdict.WARN
+    other = with_baseline(slow, base, baseline.key() | {"cpu": "another"})
+    assert other.verdict is Verdict.UNCHECKED
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": "x"}', '{"schema": "tpctl.baseline", "schema_version": 9}'])
+def test_foreign_baselines(cli, tmp_path, text):
+    (tmp_path / "b.json").write_text(text)
+    assert cli("bringup", "--baseline", "b.json").exit_code == 2
+    assert cli("bringup", "--baseline", "none.json").exit_code == 2
+
+
+def test_baseline_names_live_in_the_user_directory(cli, tmp_path):
+    assert baseline.location("nightly").parent.name == "baselines"
+    assert baseline.location("./x.json") == Path("x.json")
+
+
+def test_port_in_use_is_refused_before_anything_starts(cli, tmp_path):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        result = cli("bringup", "--rdzv-endpoint", f"localhost:{taken.getsockname()[1]}")
+    assert result.exit_code == 3
+    assert "TP-7104" in result.stderr
+    assert not (tmp_path / "runs").exists()
+    assert "TP-7103" in cli("bringup", "--rdzv-endpoint", "here").stderr
+
+
+def test_finding_of_an_unexpected_shape_is_unknown(tmp_path):
+    seen = observe(write_run(tmp_path / "run", lambda reports: reports[1].update(chunks=None)))
+    finding = evaluate("calls", seen)
+    assert isinstance(finding, Finding)
+    assert finding.verdict is Verdict.UNKNOWN
+
+
+def test_load_matrix_merges_defaults(tmp_path):
+    (tmp_path / "m.toml").write_text(
+        '[defaults]\ngates = ["calls"]\nconfig = { "sink.fps" = 8 }\n'
+        '[[case]]\nid = "a"\nconfig = { "run.chunks" = 2 }\n[[case]]\nid = "b"\nplan = "v1.1c"\ngates = ["frames"]\n'
+    )
+    a, b = load_matrix(tmp_path / "m.toml").cases
+    assert a.config == {"sink.fps": 8, "run.chunks": 2}
+    assert (a.gates, b.gates, b.plan) == (("calls",), ("frames",), "v1_generator_only")
