@@ -14,7 +14,7 @@ from engine.config import EngineConfig, from_dict
 from engine.errors import GeometryError
 from tests.cli.conftest import validated
 from tests.cli.runs import CASE, OUTCOME, observe, write_run
-from tpctl.commands.bringup import envelope_of, with_baseline
+from tpctl.commands.bringup import envelope_of, exit_code, with_baseline
 from tpctl.commands.schema import load_schema
 from tpctl.exitcodes import ExitCode
 from tpctl.matrix import baseline, report
@@ -185,7 +185,6 @@ def results(tmp_path: Path) -> list[CaseResult]:
 def test_the_result_says_who_and_why_in_few_lines(tmp_path):
     made = results(tmp_path)
     assert [result.verdict for result in made] == [Verdict.PASS, Verdict.FAIL]
-    assert made[1].exit_code is ExitCode.CHECK_FAILED
     lines = report.explain(made)
     text = "\n".join(lines)
     assert "first cause: rank 1, exit code 70: TP-6101: 4 of 5 calls" in text
@@ -274,3 +273,28 @@ def test_load_matrix_merges_defaults(tmp_path):
     a, b = load_matrix(tmp_path / "m.toml").cases
     assert a.config == {"sink.fps": 8, "run.chunks": 2}
     assert (a.gates, b.gates, b.plan) == (("calls",), ("frames",), "v1_generator_only")
+
+
+def test_exit_code_of_a_bringup(tmp_path):
+    healthy, failed = results(tmp_path)
+    late = replace(failed, timed_out=True)
+    warned = replace(healthy, findings=(*healthy.findings, Finding("baseline.x", Verdict.WARN, "slower")))
+    assert exit_code([healthy], strict=True) is ExitCode.PASS
+    assert exit_code([healthy, warned], strict=False) is ExitCode.PASS
+    assert exit_code([healthy, warned], strict=True) is ExitCode.WARNINGS
+    assert exit_code([healthy, late], strict=False) is ExitCode.DEADLINE
+    assert exit_code([failed, late], strict=False) is ExitCode.CHECK_FAILED
+    assert exit_code([], strict=False) is ExitCode.INCOMPLETE
+
+
+@pytest.mark.parametrize(("flags", "second"), [((), "FAIL"), (("--fail-fast",), "UNCHECKED")])
+def test_all_cases_run_unless_fail_fast(cli, tmp_path, flags, second):
+    accepted = 'tp = 2\nexpect = "refused"\ngates = ["refused"]\n'
+    (tmp_path / "m.toml").write_text(f'[[case]]\nid = "a"\n{accepted}[[case]]\nid = "b"\n{accepted}')
+    result = cli("bringup", "--matrix", "m.toml", "-o", "jsonl", *flags)
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.exit_code == 3
+    assert [case["verdict"] for case in lines[-1]["data"]["cases"]] == ["FAIL", second]
+    assert [line["kind"] for line in lines[:-1]] == ["case"] * (1 if flags else 2)
+    table = cli("bringup", "--matrix", "m.toml", *flags)
+    assert "was accepted" in table.stdout

@@ -13,7 +13,7 @@ import typer
 from engine.config import EngineConfig
 from tpctl import options
 from tpctl.errors import CliError
-from tpctl.exitcodes import ExitCode, for_verdict, worst_code
+from tpctl.exitcodes import ExitCode, for_verdict
 from tpctl.launch.local import check_endpoint
 from tpctl.matrix import baseline as baselines
 from tpctl.matrix import report
@@ -91,11 +91,17 @@ def bringup(
         kept = baselines.save(save_baseline, envelope.data["cases"])
         out.say(f"saved the baseline {kept}")
     out.emit(envelope, [report.table(results)], closing(envelope, results, directory))
-    if interrupted:
-        raise typer.Exit(int(ExitCode.INTERRUPTED))
-    code = worst_code([for_verdict(envelope.verdict, strict), *(r.exit_code for r in results if r.timed_out)])
-    only_late = all(r.timed_out for r in results if r.verdict is Verdict.FAIL)
-    raise typer.Exit(int(ExitCode.DEADLINE if code is ExitCode.CHECK_FAILED and only_late else code))
+    raise typer.Exit(int(ExitCode.INTERRUPTED if interrupted else exit_code(results, strict)))
+
+
+def exit_code(results: list[CaseResult], strict: bool) -> ExitCode:
+    """The worst of all cases. DEADLINE only if no other case failed for a reason of its own."""
+    verdict = worst(result.verdict for result in results)
+    late = [result for result in results if result.timed_out]
+    failed = [result for result in results if result.verdict is Verdict.FAIL and not result.timed_out]
+    if late and not failed:
+        return ExitCode.DEADLINE
+    return for_verdict(verdict, strict)
 
 
 def run_all(

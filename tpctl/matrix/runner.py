@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from engine.config import EngineConfig, from_dict
 from engine.errors import ConfigError
 from tpctl.errors import LaunchError
-from tpctl.exitcodes import ExitCode, for_verdict
 from tpctl.launch import local
 from tpctl.launch.environment import rank_environment
 from tpctl.matrix import gates
@@ -45,11 +44,6 @@ class CaseResult:
     @property
     def coverage(self) -> Coverage:
         return Coverage.of(finding.verdict for finding in self.findings)
-
-    @property
-    def exit_code(self) -> ExitCode:
-        """DEADLINE where the deadline explains the failure."""
-        return ExitCode.DEADLINE if self.timed_out else for_verdict(self.verdict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
