@@ -117,10 +117,15 @@ class CommConfig:
 
 @dataclass(frozen=True)
 class LivenessConfig:
+    """Seconds. The leader's heartbeat, the longest wait for a header, and the budgets of phase B, loading, warm-up
+    (compilation included) and of a drain."""
+
     heartbeat_s: float = 2.0
     watchdog_s: float = 15.0
     phase_budget_s: float = 60.0
     load_budget_s: float = 600.0
+    warmup_budget_s: float = 600.0
+    drain_deadline_s: float = 30.0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")
-def weights_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def weights_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache directory for made weights, so tests never write into the user's own."""
-    yield tmp_path_factory.mktemp("weights")
+    return tmp_path_factory.mktemp("weights")

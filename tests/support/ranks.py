@@ -8,13 +8,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from engine.blackbox import BlackBoxError, Commitment, read
 from engine.config import EngineConfig
 
 DEADLINE_S = 120.0
@@ -36,7 +40,69 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(
+class Job:
+    """Ranks that run now. `end` waits for all of them; leaving the `with` block kills what is left."""
+
+    def __init__(self, run_dir: Path, processes: dict[int, subprocess.Popen[bytes]]) -> None:
+        self.run_dir = run_dir
+        self.processes = processes
+
+    def wait_for(self, condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
+        """Poll until `condition` holds; fails when the deadline passes or when every rank is gone."""
+        end = time.monotonic() + deadline_s
+        while not condition():
+            alive = any(process.poll() is None for process in self.processes.values())
+            assert alive, f"all ranks ended before: {what}; {self.stderr()}"
+            assert time.monotonic() < end, f"not within {deadline_s} s: {what}; {self.stderr()}"
+            # A poll of the outside world: there is no event to wait for across processes here.
+            self._nap.wait(0.01)
+
+    def reached(self, rank: int, action: str, chunk_index: int) -> bool:
+        """Whether the rank's black box shows this commitment point."""
+        path = self.run_dir / "ranks" / f"rank{rank}.blackbox"
+        return path.exists() and any(
+            (record.action, record.chunk_index) == (action, chunk_index) for record in _records(path)
+        )
+
+    def stderr(self) -> dict[int, str]:
+        return {rank: (self.run_dir / f"stderr{rank}.log").read_text(errors="replace") for rank in self.processes}
+
+    def end(self, deadline_s: float = DEADLINE_S) -> Outcome:
+        end = time.monotonic() + deadline_s
+        for process in self.processes.values():
+            try:
+                process.wait(max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                break
+        self.kill()
+        return Outcome(
+            exit_codes={rank: process.returncode for rank, process in self.processes.items()},
+            stderr=self.stderr(),
+            reports={
+                rank: json.loads(path.read_text())
+                for rank in self.processes
+                if (path := self.run_dir / "ranks" / f"rank{rank}.json").exists()
+            },
+            run_dir=self.run_dir,
+        )
+
+    def kill(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+
+    _nap = threading.Event()
+
+
+def run_ranks(run_dir: Path, config: EngineConfig, *, deadline_s: float = DEADLINE_S, **how: Any) -> Outcome:
+    """Run ranks to their end, or to the deadline. No process outlives this call. `how` is that of `start_ranks`."""
+    with start_ranks(run_dir, config, **how) as job:
+        return job.end(deadline_s)
+
+
+@contextmanager
+def start_ranks(
     run_dir: Path,
     config: EngineConfig,
     *,
@@ -45,21 +111,20 @@ def run_ranks(
     configs: dict[int, EngineConfig] | None = None,
     environ: dict[int, dict[str, str]] | None = None,
     port: int | None = None,
-    deadline_s: float = DEADLINE_S,
-) -> Outcome:
-    """Run `ranks` (default: all) to their end, or to the deadline. No process outlives this call.
+    entry: Sequence[str] = ("-m", "engine.worker"),
+) -> Iterator[Job]:
+    """Start `ranks` (default: all). `configs` and `environ` give single ranks another configuration or variables.
 
-    `configs` and `environ` give single ranks another configuration or other variables.
+    `entry` is what the interpreter is told to run; a test may wrap the worker.
     """
     world_size = world_size or config.world_size
     port = port or free_port()
     run_dir.mkdir(parents=True, exist_ok=True)
-    processes = {}
+    job = Job(run_dir, {})
     try:
         for rank in ranks if ranks is not None else range(world_size):
             path = run_dir / f"config{rank}.toml"
             path.write_text(tomli_w.dumps((configs or {}).get(rank, config).to_dict()))
-            command = [sys.executable, "-m", "engine.worker", "--config", str(path), "--run-dir", str(run_dir)]
             environment = os.environ | {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
@@ -69,31 +134,20 @@ def run_ranks(
                 "OMP_NUM_THREADS": "1",
             }
             with (run_dir / f"stderr{rank}.log").open("wb") as log:
-                processes[rank] = subprocess.Popen(
-                    command,
+                job.processes[rank] = subprocess.Popen(
+                    [sys.executable, *entry, "--config", str(path), "--run-dir", str(run_dir)],
                     env=environment | (environ or {}).get(rank, {}),
                     stdout=subprocess.DEVNULL,
                     stderr=log,
                     start_new_session=True,
                 )
-        end = time.monotonic() + deadline_s
-        for process in processes.values():
-            try:
-                process.wait(max(0.1, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                break
+        yield job
     finally:
-        for process in processes.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(10)
-    return Outcome(
-        exit_codes={rank: process.returncode for rank, process in processes.items()},
-        stderr={rank: (run_dir / f"stderr{rank}.log").read_text(errors="replace") for rank in processes},
-        reports={
-            rank: json.loads(path.read_text())
-            for rank in processes
-            if (path := run_dir / "ranks" / f"rank{rank}.json").exists()
-        },
-        run_dir=run_dir,
-    )
+        job.kill()
+
+
+def _records(path: Path) -> list[Commitment]:
+    try:
+        return read(path)
+    except BlackBoxError:
+        return []  # being made right now

@@ -20,6 +20,8 @@ ROOMS = (
     ("model", "codecs", "sinks", "tripwires", "seeded", "assets", "recorder"),
     ("overlap", "watchdog", "drain", "faults", "materials"),
     ("stage0", "stage1"),
+    ("rank", "record"),
+    ("leader", "follower"),
     ("worker",),
 )
 ORDER = {name: place for place, names in enumerate(ROOMS) for name in names}

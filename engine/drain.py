@@ -1,0 +1,48 @@
+"""SIGTERM and SIGINT: the first means drain, the second means abort.
+
+Python runs its handlers in the main thread only, which may be stuck inside a collective. The signal's number is
+therefore written to a pipe by the interpreter's own C handler and read by a thread that is never stuck.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class DrainRequest:
+    """Set by the first signal. `on_first` and `on_second` get its name and run in the reader's thread.
+
+    Make it in the main thread, once in a process: it takes the process' signal handlers.
+    """
+
+    def __init__(self, on_first: Callable[[str], None], on_second: Callable[[str], None]) -> None:
+        self._requested = threading.Event()
+        self._on_first = on_first
+        self._on_second = on_second
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)  # without a Python handler, the C handler would not be installed
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._read, name="signals", daemon=True).start()
+
+    @property
+    def requested(self) -> bool:
+        return self._requested.is_set()
+
+    def _read(self) -> None:
+        while True:
+            for number in os.read(self._reader, 16):
+                if number not in SIGNALS:
+                    continue
+                name = signal.Signals(number).name
+                if self._requested.is_set():
+                    self._on_second(name)
+                else:
+                    self._requested.set()
+                    self._on_first(name)

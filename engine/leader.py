@@ -1,0 +1,106 @@
+"""Rank 0's loop: phases A, B and C of every chunk, then SHUTDOWN. Peers are never left waiting for a header."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from engine.comm.transport import BroadcastLink
+from engine.errors import EngineError, PreflightError, SinkError
+from engine.lifecycle import RankExit, RankState
+from engine.materials import Materials
+from engine.rank import RankContext
+from engine.record import Clock, chunk_record
+from engine.recorder import Recorder
+from engine.sinks.base import SinkSet, open_sinks
+from engine.stage0 import Stage0
+from engine.stage1 import Stage1
+from engine.watchdog import Heartbeat
+from engine.wire.envelope import Envelope
+from engine.wire.frame import PreparedFrame, prepare, prepare_control
+from engine.wire.header import Action
+from engine.wire.meta import error_meta
+
+
+def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: Materials) -> None:
+    """Make the run's chunks until the timeline's end or a drain. Raises what ends the stream early."""
+    config, report = context.config, context.report
+    account = report.account = {"accepted": 0, "emitted": 0, "dropped": 0, "abandoned": 0}
+    heartbeat = Heartbeat(config.liveness.heartbeat_s, lambda: say(link, Action.NOOP))
+    sinks: SinkSet | None = None
+    peers_wait = True  # for a header: so this rank may still end them in good order
+    try:
+        heartbeat.start()
+        recorder = Recorder(context.run_dir, config.run.record_latents)
+        directory = Path(config.sink.directory) if config.sink.directory else context.run_dir
+        sinks = open_sinks(config.sink, directory, height=config.geometry.height, width=config.geometry.width)
+        stage0 = Stage0(config, context.timeline, materials)
+        clock = Clock()
+        for _ in range(config.run.chunks):
+            if context.drain.requested:
+                break
+            if heartbeat.failure is not None:
+                peers_wait = False
+                raise heartbeat.failure
+            account["accepted"] += 1
+            envelope = stage0.step()
+            clock.mark("t_a_ms")
+            with heartbeat.busy:
+                call_id = link.next_call_id()
+                frame = prepare_infer(stage0.for_link(envelope), call_id, link)
+                peers_wait = False
+                with context.watchdog.budget("phase B", config.liveness.phase_budget_s, RankExit.PHASE_BUDGET):
+                    link.send(frame)
+                    clock.mark("t_frame_ms")
+                    result = stage1.step(envelope, call_id)
+                peers_wait = True
+            clock.mark("t_b_ms")
+            pixels_THWC = stage0.accept(result.latents_out_BFCHW, envelope.plan)
+            sinks.write(pixels_THWC.numpy(), envelope.plan.chunk_index, envelope.prompt or "")
+            account["emitted"] += 1
+            recorder.keep(envelope.plan.chunk_index, result.latents_out_BFCHW, pixels_THWC)
+            clock.mark("t_c_ms")
+            report.chunks.append(chunk_record(envelope, call_id, result, clock.turn()))
+        report.move(RankState.DRAINING)
+        report.outputs = {kind: str(path) for kind, path in sinks.close().items()}
+        sinks = None
+        recorder.close()
+        heartbeat.stop()
+        peers_wait = False
+        with context.watchdog.budget("SHUTDOWN", config.liveness.watchdog_s, RankExit.TRANSPORT):
+            say(link, Action.SHUTDOWN)
+    except BaseException as error:
+        account["abandoned"] = account["accepted"] - account["emitted"] - account["dropped"]
+        if sinks is not None:
+            sinks.abort()
+        if peers_wait:
+            heartbeat.stop()
+            dismiss(context, link, error)
+        raise
+
+
+def prepare_infer(envelope: Envelope, call_id: int, link: BroadcastLink) -> PreparedFrame:
+    """Everything that can fail before the peers are committed."""
+    return prepare(
+        envelope, call_id=call_id, link=link.state, shapes=link.shapes, limits=link.limits, buffer=link.buffer
+    )
+
+
+def say(link: BroadcastLink, action: Action) -> None:
+    """NOOP or SHUTDOWN: a header, nothing else."""
+    link.send(prepare_control(action, call_id=link.next_call_id(), link=link.state))
+
+
+def dismiss(context: RankContext, link: BroadcastLink, error: BaseException) -> None:
+    """Peers wait for a header: send them one. A refusal by `prepare` or a sink is ours alone, so they drain."""
+    drains = isinstance(error, PreflightError | SinkError)
+    try:
+        with context.watchdog.budget("the farewell", context.config.liveness.watchdog_s, RankExit.TRANSPORT):
+            if drains:
+                say(link, Action.SHUTDOWN)
+            else:
+                meta = error_meta(error)
+                link.send(prepare_control(Action.ERROR, call_id=link.next_call_id(), link=link.state, meta=meta))
+    except EngineError as second:
+        # The first error is the one to report; that the farewell failed too is worth a line.
+        print(f"rank 0: the farewell to the mesh failed too: {second}", file=sys.stderr, flush=True)

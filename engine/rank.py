@@ -1,0 +1,84 @@
+"""What one rank's loop works with, whichever loop it is."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.blackbox import BlackBox
+from engine.config import EngineConfig, RankEnv
+from engine.drain import DrainRequest
+from engine.errors import EngineError, TripwireError
+from engine.lifecycle import RankExit, RankState
+from engine.report import RankReport
+from engine.timeline import Timeline
+from engine.watchdog import Deadline, Watchdog
+
+STREAMING = (RankState.RUNNING, RankState.DRAINING, RankState.SHUTDOWN)
+
+
+@dataclass
+class RankContext:
+    """Identity, configuration, and the ways to end. Made once, by the worker."""
+
+    config: EngineConfig
+    env: RankEnv
+    run_dir: Path
+    report: RankReport
+    timeline: Timeline
+    blackbox: BlackBox
+
+    def __post_init__(self) -> None:
+        self.watchdog = Watchdog(self._expired)
+        self.drain = DrainRequest(self._first_signal, self._second_signal)
+
+    def warn(self, text: str) -> None:
+        """Once in the report, once on stderr."""
+        if text not in self.report.warnings:
+            self.report.warnings.append(text)
+            print(f"rank {self.env.rank}: warning: {text}", file=sys.stderr, flush=True)
+
+    def leave_now(self, error: EngineError) -> None:
+        """Record and end the process from any thread; nothing of the main thread runs again."""
+        self.report.error, self.report.exit_code = error.to_record(), error.exit_code
+        self.report.state = RankState.ABORTED
+        self.blackbox.commit("leave now", "-", {})
+        print(f"rank {self.env.rank}: {error.code}: {error.message}", file=sys.stderr, flush=True)
+        self.report.write()
+        os._exit(error.exit_code)
+
+    def _expired(self, deadline: Deadline) -> None:
+        orphaned = deadline.exit_code is RankExit.ORPHANED
+        self.leave_now(
+            TripwireError(
+                f"rank {self.env.rank} spent more than {deadline.budget_s:g} s in {deadline.name}",
+                code="TP-6401" if orphaned else "TP-6402",
+                fm="FM-40" if orphaned else None,
+                exit_code=int(deadline.exit_code),
+                evidence={"waited_in": deadline.name, "budget_s": deadline.budget_s},
+                next_step="tpctl triage RUN_DIR",
+            )
+        )
+
+    def _first_signal(self, name: str) -> None:
+        """Drain. Rank 0 leads it; before the stream runs there is nothing to drain, and the rank leaves."""
+        if self.report.state not in STREAMING:
+            self._abort(name, "before the stream ran")
+        elif self.env.rank == 0:
+            budget_s = self.config.liveness.drain_deadline_s
+            print(f"rank 0: {name}: draining, {budget_s:g} s at most", file=sys.stderr, flush=True)
+            self.watchdog.arm("the drain", budget_s, RankExit.PHASE_BUDGET)
+
+    def _second_signal(self, name: str) -> None:
+        self._abort(name, "a second time: abort")
+
+    def _abort(self, name: str, when: str) -> None:
+        account = self.report.account
+        if account is not None:
+            account["abandoned"] = account["accepted"] - account["emitted"] - account["dropped"]
+        number = 128 + {"SIGTERM": 15, "SIGINT": 2}[name]
+        self.leave_now(
+            EngineError(f"{name} {when}", code="TP-6403", exit_code=number, next_step="tpctl bringup --level 1")
+        )

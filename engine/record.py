@@ -1,0 +1,50 @@
+"""The record of one chunk, as it stands in a rank's report, and the clock that times its stages."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from engine.stage1 import MeshResult
+from engine.wire.envelope import Envelope
+
+
+def chunk_record(envelope: Envelope, call_id: int, result: MeshResult, times: dict[str, float]) -> dict[str, Any]:
+    plan = envelope.plan
+    return {
+        "chunk_index": plan.chunk_index,
+        "call_id": call_id,
+        "cache_epoch": plan.cache_epoch,
+        "control_epoch": plan.control_epoch,
+        "current_start_frame": plan.current_start_frame,
+        "start_frame": result.start_frame,
+        "do_kv_recompute": plan.do_kv_recompute,
+        "num_denoise_steps": plan.num_denoise_steps,
+        "kv_cache_attention_bias": plan.kv_cache_attention_bias,
+        "init_cache": plan.init_cache,
+        "reset_crossattn_cache": plan.reset_crossattn_cache,
+        "expected_generator_calls": plan.expected_calls,
+        "observed_generator_calls": result.observed_generator_calls,
+        "input_digest_i64": result.input_digest_i64,
+        "output_digest_i64": result.output_digest_i64,
+        **times,
+        "t_b_ms": result.t_b_ms,
+    }
+
+
+class Clock:
+    """Times of one chunk in milliseconds: `mark` a stage's end, `turn` at the chunk's."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._times: dict[str, float] = {}
+
+    def mark(self, name: str) -> None:
+        now = time.perf_counter()
+        self._times[name] = (now - self._last) * 1e3
+        self._last = now
+
+    def turn(self) -> dict[str, float]:
+        times = self._times | {"period_ms": (self._last - self._start) * 1e3}
+        self._start, self._times = self._last, {}
+        return times
