@@ -130,10 +130,15 @@ class LivenessConfig:
 
 @dataclass(frozen=True)
 class TripwireConfig:
-    """Cadence of each check in chunks; 0 is off. In the parity set, since each check is a collective."""
+    """Cadence of each check in chunks; 0 is off. In the parity set, since each check is a collective.
+
+    The shard fingerprint is also taken at each hard cut, unless it is off.
+    """
 
     input_digest_every: int = 1
     output_digest_every: int = 1
+    kv_digest_every: int = 64
+    fingerprint_every: int = 64
 
 
 @dataclass(frozen=True)

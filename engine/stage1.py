@@ -45,6 +45,7 @@ class Stage1:
         self.mesh = mesh
         self.config = config
         self.scheduler = FlowMatchScheduler(config.schedule.shift)
+        self.guard = tripwires.ShardGuard(dict(dit.named_parameters()))
         self._blackbox = blackbox
         self._next_start_frame = 0
         self._calls = 0
@@ -115,13 +116,18 @@ class Stage1:
             )
 
     def _agree_on_inputs(self, envelope: Envelope) -> int:
-        """One tiny collective, always run: planned calls, position, and the digest of all inputs at its cadence."""
-        plan = envelope.plan
+        """One tiny collective, always run: planned calls, position, the digest of all inputs, and the shard's state.
+
+        The last two at their cadence, else 0; a shard that still equals its baseline reads -1.
+        """
+        plan, cadence, ranks = envelope.plan, self.config.tripwires, self.mesh.members
         digest = 0
-        if _due(self.config.tripwires.input_digest_every, plan.chunk_index):
+        if _due(cadence.input_digest_every, plan.chunk_index):
             digest = tripwires.digest(envelope.tensors, (plan,))
-        rows = self._gather([plan.computed_calls(), plan.current_start_frame, digest])
-        ranks = self.mesh.members
+        changed = -1
+        if _due(cadence.fingerprint_every, plan.chunk_index) or (cadence.fingerprint_every and plan.init_cache):
+            changed = self.guard.check()
+        rows = self._gather([plan.computed_calls(), plan.current_start_frame, digest, changed])
         tripwires.raise_first(
             [
                 tripwires.compare("call count", "planned generator calls", rows[0], ranks, "FM-02"),
@@ -130,7 +136,35 @@ class Stage1:
             ],
             self.mesh.gate.ids,
         )
+        self._check_shards(rows[3])
         return digest
+
+    def check_baselines(self) -> None:
+        """Once, after loading: shards differ, so their baselines must. One collective.
+
+        Raises:
+            TripwireError: two ranks hold the same shard.
+        """
+        (words,) = self._gather([self.guard.word])
+        for number, word in enumerate(words):
+            if word in words[:number]:
+                first = words.index(word)
+                raise TripwireError(
+                    f"ranks {self.mesh.members[first]} and {self.mesh.members[number]} loaded the same shard",
+                    fm="FM-31",
+                    evidence={"by_rank": dict(zip(map(str, self.mesh.members), words, strict=True))},
+                )
+
+    def _check_shards(self, changed: list[int]) -> None:
+        bad = {int(rank): self.guard.names[n] for rank, n in zip(self.mesh.members, changed, strict=True) if n >= 0}
+        if bad:
+            where = ", ".join(f"rank {rank} in {name}" for rank, name in bad.items())
+            raise TripwireError(
+                f"shard fingerprint: weights changed since they were loaded: {where}",
+                fm="FM-31",
+                ids=self.mesh.gate.ids,
+                evidence={"by_rank": {str(rank): name for rank, name in bad.items()}, "minority": list(bad)},
+            )
 
     def _apply_resets(self, plan: ChunkPlan) -> None:
         if plan.reset_kv_cache:
@@ -194,18 +228,24 @@ class Stage1:
         return flow_BFCHW
 
     def _agree_on_results(self, plan: ChunkPlan, latents_BFCHW: torch.Tensor) -> int:
-        """One tiny collective, always run: calls made, finite, the ledger so far, and the output's digest."""
+        """One tiny collective, always run: calls made, finite, the ledger so far, the output's digest, the cache.
+
+        The output digest and the KV lifecycle digest at their cadence, else 0.
+        """
+        ids, ranks, cadence = self.mesh.gate.ids, self.mesh.members, self.config.tripwires
         digest = 0
-        if _due(self.config.tripwires.output_digest_every, plan.chunk_index):
+        if _due(cadence.output_digest_every, plan.chunk_index):
             digest = tripwires.digest({"latents_out": latents_BFCHW})
+        cache = [0] * len(tripwires.LIFECYCLE)
+        if _due(cadence.kv_digest_every, plan.chunk_index):
+            cache = tripwires.lifecycle(plan, ids["call_id"], self.kv.global_end_index[0], self.kv.local_end_index[0])
         finite = int(torch.isfinite(latents_BFCHW).all())
-        ledger = self.mesh.ledger.value()
-        rows = self._gather([self._calls, finite, ledger, digest])
-        ids, ranks = self.mesh.gate.ids, self.mesh.members
+        rows = self._gather([self._calls, finite, self.mesh.ledger.value(), digest, *cache])
         tripwires.raise_first(
             [
                 tripwires.compare("call count", "generator calls made", rows[0], ranks, "FM-02"),
                 tripwires.compare("collective ledger", "group, op, shape, dtype", rows[2], ranks, "FM-03"),
+                *tripwires.compare_lifecycle(rows[4:], ranks),
                 tripwires.compare("output digest", "latents_out", rows[3], ranks, "FM-30"),
             ],
             ids,

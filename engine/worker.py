@@ -85,6 +85,7 @@ class Worker:
         shapes = parity.shape_observation(self.config, groups.mesh.size, report.effective)
         replicated = {"weights.replicated": str(report.generator["replicated_fingerprint"])}
         parity.check(groups.world, shapes | replicated, "shapes, effective backends or weights")
+        stage1.check_baselines()
         report.times["load_s"] = age_s()
 
         report.move(RankState.WARMING)

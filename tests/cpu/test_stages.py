@@ -175,3 +175,24 @@ def test_phase_b_leaves_its_commitment_points(weights_cache: Path, tmp_path: Pat
     job = Job(make_config(weights_cache), tmp_path)
     job.chunk()
     assert [(r.action, r.chunk_index) for r in read(job.box)] == [("enter B", 0), ("leave B", 0)]
+
+
+def test_an_altered_weight_is_named_at_the_next_hard_cut(weights_cache: Path, tmp_path: Path) -> None:
+    config = make_config(weights_cache, tripwires__fingerprint_every=1000)
+    job = Job(config, tmp_path, Timeline((Event(0, prompt="a boat"), Event(2, cut=True))))
+    job.chunk()
+    with torch.no_grad():
+        job.stage1.dit.get_parameter("blocks.1.ffn.0.weight")[0, 0] += 1e-4
+    job.chunk()
+    with pytest.raises(TripwireError, match=r"rank 0 in blocks\.1") as caught:
+        job.chunk()
+    assert caught.value.fm == "FM-31"
+
+
+def test_with_the_fingerprint_off_the_altered_weight_goes_by(weights_cache: Path, tmp_path: Path) -> None:
+    config = make_config(weights_cache, tripwires__fingerprint_every=0)
+    job = Job(config, tmp_path, Timeline((Event(0, prompt="a boat"), Event(1, cut=True))))
+    job.chunk()
+    with torch.no_grad():
+        job.stage1.dit.get_parameter("blocks.1.ffn.0.weight")[0, 0] += 1e-4
+    job.chunk()

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from engine.errors import CallCountError, TripwireError
-from engine.tripwires import compare, digest, raise_first
+from engine.tripwires import (
+    LIFECYCLE,
+    ShardGuard,
+    compare,
+    compare_lifecycle,
+    device_word,
+    digest,
+    raise_first,
+)
 
 
 def test_equal_values_find_nothing() -> None:
@@ -55,3 +63,33 @@ def test_the_digest_sees_every_byte_and_the_frame_around_it(change: str) -> None
         "scalar": digest({"a": tensor, "b": None}, (1, "y")),
     }
     assert others[change] != base
+
+
+def test_the_device_word_sees_bytes_and_their_order() -> None:
+    flat = torch.arange(64, dtype=torch.float32)
+    word = device_word(flat)
+    assert word == device_word(flat.clone())
+    for place in (0, 31, 63):
+        altered = flat.clone()
+        altered.view(torch.uint8)[4 * place] ^= 1
+        assert device_word(altered) != word
+    swapped = flat.clone()
+    swapped[3], swapped[40] = flat[40], flat[3]
+    assert device_word(swapped) != word
+
+
+def test_each_lifecycle_field_is_compared_by_name() -> None:
+    rows = [[value, value] for value in range(len(LIFECYCLE))]
+    assert not any(compare_lifecycle(rows, [0, 1]))
+    rows[LIFECYCLE.index("local_end_index")][1] = 99
+    (finding,) = [found for found in compare_lifecycle(rows, [0, 1]) if found]
+    assert (finding.field, finding.fm) == ("local_end_index", "FM-32")
+
+
+def test_the_shard_guard_names_the_group_that_changed() -> None:
+    parameters = {"head.weight": torch.ones(4), "blocks.0.q": torch.ones(4), "blocks.1.q": torch.ones(4)}
+    guard = ShardGuard(parameters)
+    assert guard.check() == -1
+    parameters["blocks.1.q"][2] += 1e-6
+    assert guard.names[guard.check()] == "blocks.1"
+    assert ShardGuard(parameters).word != guard.word

@@ -1,0 +1,264 @@
+"""Reading black boxes: of a job that is gone, and of one that runs."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.blackbox.layout import (
+    COLLECTIVE,
+    COMMIT,
+    CRC,
+    FILE,
+    GROUP,
+    GROUP_BYTES,
+    GROUP_OFFSET,
+    HEADER_BYTES,
+    LIVE,
+    LIVE_OFFSET,
+    MAGIC,
+    STATES,
+    VERSION,
+    BlackBoxError,
+)
+from engine.lifecycle import RankState
+
+# A running rank may write while we copy; a file that is still inconsistent after so many copies is damaged.
+TRIES = 5
+
+
+@dataclass(frozen=True)
+class Commitment:
+    """One commitment point. `seq` counts from 1 over the life of the rank; `t_ns` is this host's monotonic clock."""
+
+    seq: int
+    t_ns: int
+    action: str
+    group: str
+    call_id: int
+    chunk_index: int
+    cache_epoch: int
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective as it was entered.
+
+    `place` counts from 1 in its group, so ranks can be compared place by place. `hash_u64` covers group, members,
+    operation, shape and dtype; `what` is the readable part of it, cut to 40 bytes. `file` and `line` are the caller.
+    """
+
+    seq: int
+    t_ns: int
+    place: int
+    call_id: int
+    chunk_index: int
+    cache_epoch: int
+    hash_u64: int
+    group: str
+    op: str
+    what: str
+    file: str
+    line: int
+
+    @property
+    def site(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Live:
+    """Where a rank is now. `inside` is the seq of the collective it waits in, 0 for none; `counts` by group slot."""
+
+    state: RankState
+    state_ns: int
+    inside: int
+    commits: int
+    collectives: int
+    groups: int
+    phase: str
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Members:
+    """A group as the rank knows it: its global ranks in ascending order."""
+
+    name: str
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All of a black box. `inside` is the collective the rank waits in, or waited in when it died."""
+
+    rank: int
+    pid: int
+    live: Live
+    groups: tuple[Members, ...]
+    commitments: tuple[Commitment, ...]
+    collectives: tuple[Collective, ...]
+
+    @property
+    def inside(self) -> Collective | None:
+        return next((entry for entry in self.collectives if entry.seq == self.live.inside), None)
+
+
+def read(path: Path) -> list[Commitment]:
+    """The commitment points of a black box, oldest first.
+
+    Raises:
+        BlackBoxError: not a black box, another version, cut short or damaged.
+    """
+    return list(read_box(path).commitments)
+
+
+def read_box(path: Path) -> Contents:
+    """Everything in a black box, each ring oldest first.
+
+    A record that its writer had no time to finish is left out; damage anywhere else is refused.
+
+    Raises:
+        BlackBoxError: not a black box, another version, cut short or damaged.
+    """
+    with Box(path) as box:
+        for attempt in range(TRIES):
+            try:
+                return box.contents()
+            except BlackBoxError:
+                if attempt == TRIES - 1:
+                    raise
+    raise AssertionError
+
+
+class Box:
+    """A black box held open for reading. Cheap to ask again: a few `pread` calls, no mapping that could be cut away.
+
+    Raises:
+        BlackBoxError: there is none, or it is not one that this version reads.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise BlackBoxError(f"{path} cannot be opened: {error.strerror}", where=str(path)) from error
+        try:
+            self._check()
+        except BlackBoxError:
+            os.close(self._fd)
+            raise
+
+    def _check(self) -> None:
+        raw = os.pread(self._fd, FILE.size + CRC.size, 0)
+        if len(raw) < FILE.size + CRC.size or raw[:8] != MAGIC:
+            raise self._refuse("is not a black box")
+        _, version, self.slots, self.rank, self.pid, self.start_ticks, self.made_ns = FILE.unpack_from(raw)
+        if version != VERSION:
+            raise self._refuse(f"has black box version {version}; this tool reads {VERSION}")
+        if not _whole(raw):
+            raise self._refuse("has a damaged header")
+        self._collectives_offset = HEADER_BYTES + self.slots * COMMIT.size
+        size, need = os.fstat(self._fd).st_size, self._collectives_offset + self.slots * COLLECTIVE.size
+        if size != need:
+            raise self._refuse(f"is cut short: {size} bytes for {self.slots} slots, which take {need}")
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __enter__(self) -> Box:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def live(self) -> Live:
+        """The live words. `inside` is read before `counts`: what a deadlock proof needs (see `engine.referee_judge`).
+
+        Raises:
+            BlackBoxError: they make no sense.
+        """
+        first, second = self._pread(LIVE.size, LIVE_OFFSET), self._pread(LIVE.size, LIVE_OFFSET)
+        inside = LIVE.unpack(first)[2]
+        state, state_ns, _, commits, collectives, groups, phase, *counts = LIVE.unpack(second)
+        if state >= len(STATES) or groups > len(counts) or inside > collectives:
+            raise self._refuse("has damaged live words")
+        return Live(STATES[state], state_ns, inside, commits, collectives, groups, _text(phase), tuple(counts[:groups]))
+
+    def groups(self, count: int) -> tuple[Members, ...]:
+        found = []
+        for slot in range(count):
+            raw = self._pread(GROUP.size + CRC.size, GROUP_OFFSET + slot * GROUP_BYTES)
+            if not _whole(raw):
+                raise self._refuse(f"has a damaged group in slot {slot}")
+            name, _, bits = GROUP.unpack_from(raw)
+            mask = int.from_bytes(bits, "little")
+            found.append(Members(_text(name), tuple(rank for rank in range(mask.bit_length()) if mask >> rank & 1)))
+        return tuple(found)
+
+    def collectives(self, after: int, upto: int) -> list[Collective]:
+        """Collectives with `after < seq <= upto` that the ring still holds whole, oldest first."""
+        records, _ = self._ring(after, upto, self._collectives_offset, COLLECTIVE.size)
+        return [_collective(raw) for raw in records]
+
+    def contents(self) -> Contents:
+        """Everything. A writer at work may make one copy inconsistent: see `read_box`."""
+        live = self.live()
+        commits, torn = self._ring(0, live.commits, HEADER_BYTES, COMMIT.size)
+        collectives, torn_too = self._ring(0, live.collectives, self._collectives_offset, COLLECTIVE.size)
+        # Only a slot that was being written over meanwhile, or when the writer died, may be torn: one of the oldest.
+        now = self.live()
+        damaged = [seq for seq in torn if seq > now.commits + 1 - self.slots]
+        damaged += [seq for seq in torn_too if seq > now.collectives + 1 - self.slots]
+        if damaged:
+            raise self._refuse(f"has {len(damaged)} damaged records")
+        return Contents(
+            self.rank,
+            self.pid,
+            live,
+            self.groups(live.groups),
+            tuple(_commitment(raw) for raw in commits),
+            tuple(_collective(raw) for raw in collectives),
+        )
+
+    def _ring(self, after: int, upto: int, offset: int, size: int) -> tuple[list[bytes], list[int]]:
+        """Whole records, and the seqs of torn ones. What a busy writer has put in their place since is in neither."""
+        records, torn = [], []
+        for seq in range(max(after, upto - self.slots) + 1, upto + 1):
+            raw = self._pread(size, offset + (seq - 1) % self.slots * size)
+            found = int.from_bytes(raw[:8], "little") if _whole(raw) else None
+            if found == seq:
+                records.append(raw)
+            elif found is None or found < seq or (found - seq) % self.slots:
+                torn.append(seq)
+        return records, torn
+
+    def _pread(self, size: int, offset: int) -> bytes:
+        raw = os.pread(self._fd, size, offset)
+        if len(raw) != size:
+            raise self._refuse("was cut short while it was read")
+        return raw
+
+    def _refuse(self, what: str) -> BlackBoxError:
+        return BlackBoxError(f"{self.path} {what}", where=str(self.path))
+
+
+def _whole(raw: bytes) -> bool:
+    return zlib.crc32(raw[: -CRC.size]) == CRC.unpack(raw[-CRC.size :])[0]
+
+
+def _commitment(raw: bytes) -> Commitment:
+    seq, t_ns, call_id, chunk_index, cache_epoch, action, group, _ = COMMIT.unpack(raw)
+    return Commitment(seq, t_ns, _text(action), _text(group), call_id, chunk_index, cache_epoch)
+
+
+def _collective(raw: bytes) -> Collective:
+    *ids, hash_u64, group, op, what, line, file, _ = COLLECTIVE.unpack(raw)
+    return Collective(*ids, hash_u64, _text(group), _text(op), _text(what), _text(file), line)
+
+
+def _text(raw: bytes) -> str:
+    return raw.rstrip(b"\0").decode(errors="replace")

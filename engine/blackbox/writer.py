@@ -1,0 +1,183 @@
+"""The writing side of a black box, and how its records are packed."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from engine.blackbox.layout import (
+    COLLECTIVE,
+    COLLECTIVES,
+    COMMIT,
+    COMMITS,
+    COUNTS,
+    CRC,
+    ENTRY,
+    FILE,
+    GROUP,
+    GROUP_BYTES,
+    GROUP_OFFSET,
+    GROUP_SLOTS,
+    GROUPS,
+    HEADER_BYTES,
+    INSIDE,
+    LIVE,
+    LIVE_OFFSET,
+    MAGIC,
+    MAX_RANK,
+    PHASE,
+    SIGNATURE,
+    SITE,
+    STATE,
+    STATE_NS,
+    STATES,
+    VERSION,
+    BlackBoxError,
+)
+from engine.lifecycle import RankState
+
+
+class BlackBox:
+    """The writing side. One per rank; each ring keeps `slots` records.
+
+    Raises:
+        BlackBoxError: there is no room for the file. It is reserved whole, so that recording cannot fail later.
+    """
+
+    def __init__(self, path: Path, rank: int, slots: int = 1024) -> None:
+        self._slots = slots
+        self._commits = 0
+        self._collectives = 0
+        self._collectives_offset = HEADER_BYTES + slots * COMMIT.size
+        self._names: dict[str, bytes] = {}
+        self._groups: dict[tuple[str, tuple[int, ...]], int] = {}
+        size = self._collectives_offset + slots * COLLECTIVE.size
+        # Made aside and moved in whole: a reader sees the old file or the new one, never half of either.
+        temporary = path.with_name(path.name + ".new")
+        try:
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, size)
+                self._map = mmap.mmap(fd, size)
+            finally:
+                os.close(fd)
+            head = FILE.pack(MAGIC, VERSION, slots, rank, os.getpid(), start_ticks(os.getpid()), time.monotonic_ns())
+            self._map[: FILE.size + CRC.size] = head + CRC.pack(zlib.crc32(head))
+            self._words = memoryview(self._map)[LIVE_OFFSET : LIVE_OFFSET + LIVE.size].cast("Q")
+            self.enter_state(RankState.STARTING)
+            temporary.replace(path)
+        except OSError as error:
+            raise BlackBoxError(
+                f"rank {rank} cannot make its black box {path}: {error.strerror}",
+                code="TP-6202",
+                where=str(path),
+                evidence={"bytes": size},
+                next_step="df -h",
+            ) from error
+
+    def commit(self, action: str, group: str, ids: Mapping[str, int]) -> None:
+        """Record a commitment point. `action` and `group` keep their first 16 bytes."""
+        seq = self._commits + 1
+        body = COMMIT.pack(
+            seq,
+            time.monotonic_ns(),
+            ids.get("call_id", -1),
+            ids.get("chunk_index", -1),
+            ids.get("cache_epoch", -1),
+            self._name(action),
+            self._name(group),
+            0,
+        )[: -CRC.size]
+        offset = HEADER_BYTES + (self._commits % self._slots) * COMMIT.size
+        self._map[offset : offset + COMMIT.size] = body + CRC.pack(zlib.crc32(body))
+        self._commits = self._words[COMMITS] = seq
+
+    def open_group(self, name: str, members: Sequence[int]) -> int:
+        """Make a group known; returns the slot that `enter` counts its collectives in.
+
+        Raises:
+            BlackBoxError: too many groups, or a rank beyond what the file can name.
+        """
+        key = (name, tuple(members))
+        slot = self._groups.get(key)
+        if slot is not None:
+            return slot
+        slot = len(self._groups)
+        if slot == GROUP_SLOTS or max(members) > MAX_RANK:
+            raise BlackBoxError(f"no room in the black box for group {name} of {len(members)} ranks", code="TP-6203")
+        self._groups[key] = slot
+        bits = sum(1 << member for member in members).to_bytes(512, "little")
+        body = GROUP.pack(self._name(name), len(members), bits)
+        offset = GROUP_OFFSET + slot * GROUP_BYTES
+        self._map[offset : offset + len(body) + CRC.size] = body + CRC.pack(zlib.crc32(body))
+        self._words[GROUPS] = slot + 1
+        return slot
+
+    def enter(self, slot: int, signature: bytes, site: bytes, ids: Mapping[str, int]) -> None:
+        """Record that a collective is entered, and that this rank is inside it.
+
+        Args:
+            slot: of `open_group`.
+            signature, site: what `pack_signature` and `pack_site` made.
+        """
+        words = self._words
+        seq = self._collectives + 1
+        place = words[COUNTS + slot] + 1
+        get = ids.get
+        entry = ENTRY.pack(
+            seq, time.monotonic_ns(), place, get("call_id", -1), get("chunk_index", -1), get("cache_epoch", -1)
+        )
+        body = entry + signature + site
+        offset = self._collectives_offset + (self._collectives % self._slots) * COLLECTIVE.size
+        self._map[offset : offset + COLLECTIVE.size] = body + CRC.pack(zlib.crc32(body))
+        self._collectives = words[COLLECTIVES] = seq
+        words[COUNTS + slot] = place
+        words[INSIDE] = seq
+
+    def leave(self) -> None:
+        """The collective came back."""
+        self._words[INSIDE] = 0
+
+    def enter_state(self, state: RankState) -> None:
+        self._words[STATE] = STATES.index(state)
+        self._words[STATE_NS] = time.monotonic_ns()
+
+    def enter_phase(self, phase: str) -> None:
+        """Keeps the first 16 bytes."""
+        offset = LIVE_OFFSET + 8 * PHASE
+        self._map[offset : offset + 16] = self._name(phase).ljust(16, b"\0")
+
+    def close(self) -> None:
+        self._words.release()
+        self._map.flush()
+        self._map.close()
+
+    def _name(self, text: str) -> bytes:
+        found = self._names.get(text)
+        if found is None:
+            found = self._names[text] = text.encode()[:16]
+        return found
+
+
+def pack_signature(hash_u64: int, group: str, op: str, what: str) -> bytes:
+    """The part of a collective's record that stays the same; `what` is dtype and shape, and keeps 40 bytes."""
+    return SIGNATURE.pack(hash_u64, group.encode()[:16], op.encode()[:16], what.encode()[:40])
+
+
+def pack_site(file: str, line: int) -> bytes:
+    """Where a collective is called; `file` keeps its last 56 bytes."""
+    return SITE.pack(line, file.encode()[-56:])
+
+
+def start_ticks(pid: int) -> int:
+    """When a process started, in clock ticks since boot: with its id, this names it for good.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    stat = Path(f"/proc/{pid}/stat").read_bytes()
+    return int(stat[stat.rindex(b")") + 2 :].split()[19])
