@@ -1,6 +1,7 @@
 """H.264 video through PyAV.
 
-The same pixels give the same bytes: one encoder thread, constant quality, no dates and no version strings.
+The same pixels give the same video, frame for frame: one encoder thread, constant quality, no dates and no version
+strings. The files may still differ by a few bytes of padding that x264 writes behind a slice.
 """
 
 from __future__ import annotations
