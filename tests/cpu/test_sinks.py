@@ -72,21 +72,17 @@ def test_the_video_has_every_frame_at_the_size_and_rate_asked(tmp_path: Path) ->
     assert error[:, :, 40:].mean() < 5
 
 
-def test_the_same_pixels_give_the_same_output(tmp_path: Path) -> None:
-    """Bytes of the sheet and the raw frames; of the video, its frames (x264 pads a slice as it likes)."""
-    digests, videos = set(), []
-    for run in ("one", "two"):
-        (tmp_path / run).mkdir()
-        sinks = open_all(tmp_path / run)
+def test_the_same_pixels_give_the_same_bytes(tmp_path: Path) -> None:
+    digests = set()
+    for run in range(20):  # an encoder that reads what it should not differs now and then, not each time
+        directory = tmp_path / str(run)
+        directory.mkdir()
+        sinks = open_all(directory)
         for index in range(3):
             sinks.write(chunk(index, 9), index, f"prompt {index}")
-        paths = {kind: Path(path) for kind, path in sinks.close().items()}
-        videos.append(np.stack(decode(paths.pop("mp4"))[0]))
-        digests.add(tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths.values()))
-    assert np.array_equal(*videos)
-    assert len(videos[0]) == 27
+        digests.add(tuple(hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in sinks.close().values()))
     assert len(digests) == 1
-    assert len(set(next(iter(digests)))) == 2
+    assert len(set(next(iter(digests)))) == 3
 
 
 def test_the_encoder_that_stands_in_for_x264_writes_a_video_too(
