@@ -1,6 +1,6 @@
 """H.264 video through PyAV.
 
-The same pixels give the same bytes: one encoder thread, constant quality, no lookahead, no dates and no version strings.
+The same pixels give the same bytes: one encoder thread, no lookahead, constant quality, no dates, no version strings.
 """
 
 from __future__ import annotations
