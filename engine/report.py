@@ -8,7 +8,8 @@ import resource
 import socket
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,19 @@ class RankReport:
     chunks: list[dict[str, Any]] = field(default_factory=list)
     account: dict[str, int] | None = None
     outputs: dict[str, str] | None = None
+    on_move: Callable[[RankState], None] | None = None  # hears of each state as it is reached
 
     def move(self, state: RankState) -> None:
         """Take a legal transition; stamps the time of reaching each state."""
         if not can_move(self.state, state):
             raise EngineError(f"rank {self.rank} cannot go from {self.state} to {state}", exit_code=70)
         self.state = state
+        if self.on_move is not None:
+            self.on_move(state)
         self.times[f"{state.value}_s"] = age_s()
 
     def write(self) -> None:
-        data = asdict(self) | {
+        data = {item.name: getattr(self, item.name) for item in fields(self)} | {
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,
             "pid": os.getpid(),
@@ -57,7 +61,7 @@ class RankReport:
             "memory": self.memory | {"peak_rss_bytes": peak_rss_bytes()},
             "imported": {name: name in sys.modules for name in ("transformers", "diffusers")},
         }
-        del data["path"]
+        del data["path"], data["on_move"]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(data, indent=1), encoding="utf-8")
         temporary.replace(self.path)

@@ -61,6 +61,7 @@ class Worker:
         if self.device == "cuda":
             torch.cuda.set_device(env.local_rank)
         self.blackbox = BlackBox(run_dir / "ranks" / f"rank{env.rank}.blackbox", env.rank)
+        report.on_move = self.blackbox.enter_state
         self.context = RankContext(config, env, run_dir, report, read_timeline(config), self.blackbox)
 
     def run(self) -> None:
@@ -73,7 +74,7 @@ class Worker:
         report.move(RankState.JOINING)
         meeting = MeetingPoint(self.env, comm.join_timeout_s)
         meeting.meet("join", comm.join_timeout_s)
-        groups = create_groups(self.env, self.config, self.topology, meeting)
+        groups = create_groups(self.env, self.config, self.topology, meeting, self.blackbox)
         parity.check(groups.world, parity.launch_observation(self.config), "configuration, versions or environment")
         report.times["join_s"] = age_s()
 
@@ -92,6 +93,7 @@ class Worker:
         with self.context.watchdog.budget("the warm-up", live.warmup_budget_s, RankExit.PHASE_BUDGET):
             report.generator["collectives_per_call"] = stage1.warm_up()
         groups.gate.phase = Phase.LINK
+        self.context.open_records(meeting.name_job())
         report.times["ready_s"] = age_s()
         report.memory["rss_ready_bytes"] = rss_bytes()
         report.move(RankState.RUNNING)

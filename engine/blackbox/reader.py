@@ -247,7 +247,7 @@ class Box:
 
 
 def _whole(raw: bytes) -> bool:
-    return zlib.crc32(raw[: -CRC.size]) == CRC.unpack(raw[-CRC.size :])[0]
+    return zlib.crc32(raw[: -CRC.size]) == int.from_bytes(raw[-CRC.size :], "little")
 
 
 def _commitment(raw: bytes) -> Commitment:
@@ -256,8 +256,10 @@ def _commitment(raw: bytes) -> Commitment:
 
 
 def _collective(raw: bytes) -> Collective:
-    *ids, hash_u64, group, op, what, line, file, _ = COLLECTIVE.unpack(raw)
-    return Collective(*ids, hash_u64, _text(group), _text(op), _text(what), _text(file), line)
+    seq, t_ns, place, call_id, chunk, epoch, hash_u64, group, op, what, line, file, _ = COLLECTIVE.unpack(raw)
+    return Collective(
+        seq, t_ns, place, call_id, chunk, epoch, hash_u64, _text(group), _text(op), _text(what), _text(file), line
+    )
 
 
 def _text(raw: bytes) -> str:

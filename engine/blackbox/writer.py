@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
-import time
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import monotonic_ns
+from zlib import crc32
 
 from engine.blackbox.layout import (
     COLLECTIVE,
@@ -40,6 +40,11 @@ from engine.blackbox.layout import (
 )
 from engine.lifecycle import RankState
 
+# Looked up once: these stand on the path of every collective.
+COLLECTIVE_BYTES = COLLECTIVE.size
+pack_entry = ENTRY.pack
+pack_crc = CRC.pack
+
 
 class BlackBox:
     """The writing side. One per rank; each ring keeps `slots` records.
@@ -65,8 +70,8 @@ class BlackBox:
                 self._map = mmap.mmap(fd, size)
             finally:
                 os.close(fd)
-            head = FILE.pack(MAGIC, VERSION, slots, rank, os.getpid(), start_ticks(os.getpid()), time.monotonic_ns())
-            self._map[: FILE.size + CRC.size] = head + CRC.pack(zlib.crc32(head))
+            head = FILE.pack(MAGIC, VERSION, slots, rank, os.getpid(), start_ticks(os.getpid()), monotonic_ns())
+            self._map[: FILE.size + CRC.size] = head + pack_crc(crc32(head))
             self._words = memoryview(self._map)[LIVE_OFFSET : LIVE_OFFSET + LIVE.size].cast("Q")
             self.enter_state(RankState.STARTING)
             temporary.replace(path)
@@ -84,7 +89,7 @@ class BlackBox:
         seq = self._commits + 1
         body = COMMIT.pack(
             seq,
-            time.monotonic_ns(),
+            monotonic_ns(),
             ids.get("call_id", -1),
             ids.get("chunk_index", -1),
             ids.get("cache_epoch", -1),
@@ -93,7 +98,7 @@ class BlackBox:
             0,
         )[: -CRC.size]
         offset = HEADER_BYTES + (self._commits % self._slots) * COMMIT.size
-        self._map[offset : offset + COMMIT.size] = body + CRC.pack(zlib.crc32(body))
+        self._map[offset : offset + COMMIT.size] = body + pack_crc(crc32(body))
         self._commits = self._words[COMMITS] = seq
 
     def open_group(self, name: str, members: Sequence[int]) -> int:
@@ -113,7 +118,7 @@ class BlackBox:
         bits = sum(1 << member for member in members).to_bytes(512, "little")
         body = GROUP.pack(self._name(name), len(members), bits)
         offset = GROUP_OFFSET + slot * GROUP_BYTES
-        self._map[offset : offset + len(body) + CRC.size] = body + CRC.pack(zlib.crc32(body))
+        self._map[offset : offset + len(body) + CRC.size] = body + pack_crc(crc32(body))
         self._words[GROUPS] = slot + 1
         return slot
 
@@ -128,12 +133,12 @@ class BlackBox:
         seq = self._collectives + 1
         place = words[COUNTS + slot] + 1
         get = ids.get
-        entry = ENTRY.pack(
-            seq, time.monotonic_ns(), place, get("call_id", -1), get("chunk_index", -1), get("cache_epoch", -1)
+        entry = pack_entry(
+            seq, monotonic_ns(), place, get("call_id", -1), get("chunk_index", -1), get("cache_epoch", -1)
         )
         body = entry + signature + site
-        offset = self._collectives_offset + (self._collectives % self._slots) * COLLECTIVE.size
-        self._map[offset : offset + COLLECTIVE.size] = body + CRC.pack(zlib.crc32(body))
+        offset = self._collectives_offset + (self._collectives % self._slots) * COLLECTIVE_BYTES
+        self._map[offset : offset + COLLECTIVE_BYTES] = body + pack_crc(crc32(body))
         self._collectives = words[COLLECTIVES] = seq
         words[COUNTS + slot] = place
         words[INSIDE] = seq
@@ -144,7 +149,7 @@ class BlackBox:
 
     def enter_state(self, state: RankState) -> None:
         self._words[STATE] = STATES.index(state)
-        self._words[STATE_NS] = time.monotonic_ns()
+        self._words[STATE_NS] = monotonic_ns()
 
     def enter_phase(self, phase: str) -> None:
         """Keeps the first 16 bytes."""

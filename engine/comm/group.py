@@ -2,19 +2,23 @@
 
 Every collective of the engine goes through `Group`. Before the backend is entered it refuses a caller that is no
 member and a phase that does not allow the group; after that it folds (group, op, shape, dtype) into a running hash,
-the *ledger*, so that ranks can prove they made the same calls in the same order.
+the *ledger*, so that ranks can prove they made the same calls in the same order, and records the call in the rank's
+black box, where the referee compares it with its peers' while the job runs.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NewType
 
+from engine.blackbox import BlackBox, pack_signature, pack_site
 from engine.errors import CommError, GroupError
 
 if TYPE_CHECKING:
@@ -39,12 +43,45 @@ ALLOWED: dict[Phase, frozenset[str]] = {
 }
 
 
-@dataclass
 class PhaseGate:
-    """The current phase of this rank, and the ids of the frame in work. One per rank, shared by its groups."""
+    """The current phase of this rank, and the ids of the frame in work. One per rank, shared by its groups.
 
-    phase: Phase = Phase.HANDSHAKE
-    ids: dict[str, int] = field(default_factory=dict)
+    With a black box, the groups that share the gate record what they do in it.
+    """
+
+    def __init__(
+        self, phase: Phase = Phase.HANDSHAKE, ids: dict[str, int] | None = None, blackbox: BlackBox | None = None
+    ) -> None:
+        self.ids = ids if ids is not None else {}
+        self.blackbox = blackbox
+        self.phase = phase
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self._phase = phase
+        if self.blackbox is not None:
+            self.blackbox.enter_phase(phase.value)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What identifies a collective: its words for the ledger, and its packed part of a black box record."""
+
+    text: bytes
+    signature: bytes
+
+    @classmethod
+    def of(cls, group: str, members: tuple[Rank, ...], op: str, tensor: torch.Tensor) -> Call:
+        shape, dtype = tuple(tensor.shape), str(tensor.dtype)
+        text = f"{group}|{op}|{shape}|{dtype};".encode()
+        # The ledger is compared within a group. Between groups of one name, the members tell apart.
+        identity = hashlib.blake2b(text + repr(tuple(map(int, members))).encode(), digest_size=8).digest()
+        what = f"{dtype.removeprefix('torch.')}{list(shape)}".replace(" ", "")
+        return cls(text, pack_signature(int.from_bytes(identity, "little"), group, op, what))
 
 
 class Ledger:
@@ -54,9 +91,9 @@ class Ledger:
         self.count = 0
         self._hash = hashlib.blake2b(digest_size=8)
 
-    def add(self, group: str, op: str, shape: tuple[int, ...], dtype: str) -> None:
+    def add(self, call: Call) -> None:
         self.count += 1
-        self._hash.update(f"{group}|{op}|{shape}|{dtype};".encode())
+        self._hash.update(call.text)
 
     def value(self) -> int:
         """The hash as a signed 64-bit integer."""
@@ -83,6 +120,10 @@ class Group:
         self.gate = gate if gate is not None else PhaseGate()
         self.ledger = Ledger()
         self._pg = pg
+        self._calls: dict[tuple[Any, ...], Call] = {}
+        # A group of one waits for nobody: there is nothing to record.
+        self._blackbox = self.gate.blackbox if len(members) > 1 else None
+        self._slot = self._blackbox.open_group(name, members) if self._blackbox is not None else 0
 
     @classmethod
     def solo(cls, name: str = "mesh_pg", gate: PhaseGate | None = None) -> Group:
@@ -152,7 +193,13 @@ class Group:
                 },
                 next_step="tpctl runbook show wrong-group",
             )
-        self.ledger.add(self.name, op, tuple(tensor.shape), str(tensor.dtype))
+        key = (op, tensor.shape, tensor.dtype)
+        call = self._calls.get(key)
+        if call is None:
+            call = self._calls[key] = Call.of(self.name, self.members, op, tensor)
+        self.ledger.add(call)
+        if self._blackbox is not None:
+            self._blackbox.enter(self._slot, call.signature, call_site(), self.gate.ids)
 
     @contextmanager
     def _backend(self, op: str) -> Iterator[None]:
@@ -168,6 +215,9 @@ class Group:
                 evidence={"group": self.name, "op": op, "rank": self.rank},
                 next_step="the first cause is another rank's: look at the reports of the other ranks",
             ) from error
+        finally:
+            if self._blackbox is not None:
+                self._blackbox.leave()
 
     def _require_member(self, op: str) -> None:
         if self.rank not in self.members:
@@ -184,3 +234,22 @@ def dist() -> Any:
     import torch.distributed
 
     return torch.distributed
+
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_ROOT = os.path.dirname(os.path.dirname(_HERE)) + os.sep
+# Frames of these files carry a call; they do not make it.
+_CARRIERS = frozenset({os.path.join(_HERE, "group.py"), os.path.join(_HERE, "transport.py")})
+_sites: dict[tuple[str, int], bytes] = {}
+
+
+def call_site() -> bytes:
+    """The packed file and line that the current collective was called from."""
+    frame = sys._getframe(3)  # past this function, `_enter` and the collective
+    while frame.f_code.co_filename in _CARRIERS and frame.f_back is not None:
+        frame = frame.f_back
+    key = (frame.f_code.co_filename, frame.f_lineno)
+    site = _sites.get(key)
+    if site is None:
+        site = _sites[key] = pack_site(key[0].removeprefix(_ROOT), key[1])
+    return site

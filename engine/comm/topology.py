@@ -9,9 +9,11 @@ from __future__ import annotations
 import datetime
 import os
 import time
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
+from engine.blackbox import BlackBox
 from engine.comm.group import Group, PhaseGate, Rank, dist
 from engine.config import EngineConfig, RankEnv
 from engine.errors import CommError, ConfigError, JoinError
@@ -90,6 +92,10 @@ class MeetingPoint:
             ) from error
         self.store: Any = torch_dist.PrefixStore(f"tpctl/{env.attempt}", store)
 
+    def name_job(self) -> str:
+        """A name that all ranks of this launch share, and no other launch has."""
+        return str(self.store.compare_set("job", "", uuid.uuid4().hex).decode())
+
     def meet(self, place: str, timeout_s: float) -> None:
         """Wait until every rank is at `place`.
 
@@ -115,13 +121,19 @@ class MeetingPoint:
             ) from error
 
 
-def create_groups(env: RankEnv, config: EngineConfig, topology: Topology, meeting: MeetingPoint) -> Groups:
+def create_groups(
+    env: RankEnv,
+    config: EngineConfig,
+    topology: Topology,
+    meeting: MeetingPoint,
+    blackbox: BlackBox | None = None,
+) -> Groups:
     """Initialise the backend and create `world_pg`, then `mesh_pg`, on every rank.
 
     Raises:
         CommError: the backend cannot start.
     """
-    gate = PhaseGate()
+    gate = PhaseGate(blackbox=blackbox)
     rank = Rank(env.rank)
     world = tuple(Rank(r) for r in range(env.world_size))
     if env.world_size == 1:
