@@ -36,4 +36,4 @@ def follow(context: RankContext, link: BroadcastLink, stage1: Stage1, materials:
         if materials is not None and materials.parts.vae_decoder:
             materials.decode(result.latents_out_BFCHW)
         clock.mark("t_c_ms")
-        report.chunks.append(chunk_record(envelope, received.header.call_id, result, clock.turn()))
+        context.keep(chunk_record(envelope, received.header.call_id, result, clock.turn()), result)

@@ -60,7 +60,7 @@ def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: M
             account["emitted"] += 1
             recorder.keep(envelope.plan.chunk_index, result.latents_out_BFCHW, pixels_THWC)
             clock.mark("t_c_ms")
-            report.chunks.append(chunk_record(envelope, call_id, result, clock.turn()))
+            context.keep(chunk_record(envelope, call_id, result, clock.turn()), result)
         report.move(RankState.DRAINING)
         report.outputs = {kind: str(path) for kind, path in sinks.close().items()}
         sinks = None

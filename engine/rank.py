@@ -6,13 +6,16 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.blackbox import BlackBox
 from engine.config import EngineConfig, RankEnv
 from engine.drain import DrainRequest
 from engine.errors import EngineError, TripwireError
 from engine.lifecycle import RankExit, RankState
+from engine.records import ChunkRecords, Header
 from engine.report import RankReport
+from engine.stage1 import MeshResult
 from engine.timeline import Timeline
 from engine.watchdog import Deadline, Watchdog
 
@@ -33,6 +36,17 @@ class RankContext:
     def __post_init__(self) -> None:
         self.watchdog = Watchdog(self._expired)
         self.drain = DrainRequest(self._first_signal, self._second_signal)
+
+    def open_records(self, job: str) -> None:
+        """Once, when the job has its name; a rank that ends earlier made no chunk."""
+        path = self.run_dir / "ranks" / f"rank{self.env.rank}.chunks.jsonl"
+        header = Header(job, self.env.rank, self.env.world_size, self.config.dims.num_layers)
+        self.records = ChunkRecords(path, header, self.warn)
+
+    def keep(self, record: dict[str, Any], result: MeshResult) -> None:
+        """One chunk, for the report and for the chunk records."""
+        self.report.chunks.append(record)
+        self.records.append(record, result.global_end_index, result.local_end_index)
 
     def warn(self, text: str) -> None:
         """Once in the report, once on stderr."""

@@ -23,7 +23,8 @@ from engine.wire.envelope import Envelope
 
 @dataclass(frozen=True)
 class MeshResult:
-    """What phase B made of one chunk. `latents_out_BFCHW` is clean; the digests are 0 where their tripwire is off."""
+    """What phase B made of one chunk. `latents_out_BFCHW` is clean; the digests are 0 where their tripwire is off; the
+    cache's indices are in tokens, one for each layer."""
 
     latents_out_BFCHW: torch.Tensor
     start_frame: int
@@ -31,6 +32,8 @@ class MeshResult:
     input_digest_i64: int
     output_digest_i64: int
     t_b_ms: float
+    global_end_index: tuple[int, ...]
+    local_end_index: tuple[int, ...]
 
 
 class Stage1:
@@ -80,7 +83,8 @@ class Stage1:
         gate.phase = Phase.LINK
         self._blackbox.commit("leave B", self.mesh.name, gate.ids)
         t_b_ms = (time.perf_counter() - started) * 1e3
-        return MeshResult(latents_BFCHW, start_frame, self._calls, input_digest, output_digest, t_b_ms)
+        indices = tuple(self.kv.global_end_index), tuple(self.kv.local_end_index)
+        return MeshResult(latents_BFCHW, start_frame, self._calls, input_digest, output_digest, t_b_ms, *indices)
 
     @torch.inference_mode()
     def warm_up(self) -> int:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 # Rooms from left to right; a module imports from its own room or from one to its left.
 ROOMS = (
     ("errors",),
-    ("config", "plan", "timeline", "lifecycle", "blackbox", "report", "seeded_tokenizer"),
+    ("config", "plan", "timeline", "lifecycle", "blackbox", "records", "report", "seeded_tokenizer"),
     ("wire",),
     ("comm",),
     # `assets` makes tiny weights with the modules of model and codecs, and the loader asks it for them.
@@ -25,7 +25,7 @@ ROOMS = (
     ("worker",),
 )
 ORDER = {name: place for place, names in enumerate(ROOMS) for name in names}
-FIRST_GROUP = ("errors", "config", "plan", "timeline", "lifecycle", "blackbox", "report")
+FIRST_GROUP = ("errors", "config", "plan", "timeline", "lifecycle", "blackbox", "records", "report")
 TPCTL_MAY_IMPORT = {*FIRST_GROUP, "wire.header", "wire.problem"}
 TORCH_FREE = ("tpctl", "tpctl.app", "engine", *(f"engine.{name}" for name in FIRST_GROUP), "engine.wire.header")
 
