@@ -37,6 +37,10 @@ check: setup  ## format, lint, types, tests: what CI runs
 bench: setup  ## print the ratios of benchmarks/ and write benchmarks/results.json
 	$(BIN)/python -m benchmarks
 
+.PHONY: verify
+verify:  ## check the models of the protocol with spin: no hang, nothing stale, no double advance
+	$(PYTHON) tests/verify/run.py
+
 format: setup  ## rewrite the code in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
