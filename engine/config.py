@@ -161,6 +161,23 @@ class SinkConfig:
 
 
 @dataclass(frozen=True)
+class DrillConfig:
+    """A fault to plant, for drills alone: nothing is planted while `id` is empty (see `engine.faults`).
+
+    The victim breaks at chunk `at_chunk`. `without_guard` also switches off the guard that should notice, which proves
+    that the guard, not luck, passes the drill. `differs`, as `section.key=value`, holds on the victim only; all other
+    values are in the parity set like any other. `debug_collective` gates one more collective in that chunk.
+    """
+
+    id: str = ""
+    victim_rank: int = 0
+    at_chunk: int = 2
+    without_guard: bool = False
+    differs: str = ""
+    debug_collective: bool = False
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """The whole configuration of a job. Every rank gets the same file; `parity_key` proves it."""
 
@@ -173,6 +190,7 @@ class EngineConfig:
     tripwires: TripwireConfig = field(default_factory=TripwireConfig)
     run: RunConfig = field(default_factory=RunConfig)
     sink: SinkConfig = field(default_factory=SinkConfig)
+    drill: DrillConfig = field(default_factory=DrillConfig)
 
     @property
     def dims(self) -> ModelDims:
@@ -404,6 +422,15 @@ def validate(config: EngineConfig) -> None:
     for name, value in dataclasses.asdict(config.comm).items():
         if name != "backend" and value <= 0:
             raise ConfigError(f"comm.{name} must be above 0, is {value}", code="TP-1011")
+    drill = config.drill
+    if not drill.id and drill != DrillConfig():
+        raise ConfigError("drill.* says how to break a job, but drill.id names no drill", code="TP-1013")
+    if not 0 <= drill.victim_rank < config.world_size or drill.at_chunk < 0:
+        raise ConfigError(
+            f"drill.victim_rank must be a rank of {config.world_size} and drill.at_chunk at least 0, "
+            f"are {drill.victim_rank} and {drill.at_chunk}",
+            code="TP-1013",
+        )
 
 
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -15,8 +15,8 @@ from engine.errors import CallCountError, TripwireError
 from engine.model.dit import DiT
 from engine.model.kv_cache import CrossAttnCache, KVCache
 from engine.model.scheduler import FlowMatchScheduler
-from engine.plan import ChunkPlan
-from engine.wire.envelope import Envelope
+from engine.plan import V1, ChunkPlan
+from engine.wire.envelope import CARRIES, Envelope
 
 # Shape legend: B batch (1), F latent frames of a chunk, K context frames, C latent channels, H W latent size.
 
@@ -52,6 +52,7 @@ class Stage1:
         self._blackbox = blackbox
         self._next_start_frame = 0
         self._calls = 0
+        self._finite: list[torch.Tensor] = []
 
     @torch.inference_mode()
     def step(self, envelope: Envelope, call_id: int) -> MeshResult:
@@ -74,6 +75,7 @@ class Stage1:
         input_digest = self._agree_on_inputs(envelope)
         self._apply_resets(plan)
         self._calls = 0
+        self._finite = []
         start_frame = plan.start_frame(self.config.geometry.context_frames, self.kv.end_frame)
         if plan.do_kv_recompute:
             self._recompute(envelope)
@@ -132,16 +134,27 @@ class Stage1:
         if _due(cadence.fingerprint_every, plan.chunk_index) or (cadence.fingerprint_every and plan.init_cache):
             changed = self.guard.check()
         rows = self._gather([plan.computed_calls(), plan.current_start_frame, digest, changed])
+        inputs = tripwires.compare("input digest", "meta and tensors", rows[2], ranks, "FM-30")
         tripwires.raise_first(
             [
                 tripwires.compare("call count", "planned generator calls", rows[0], ranks, "FM-02"),
                 tripwires.compare("position", "current_start_frame", rows[1], ranks, "FM-10"),
-                tripwires.compare("input digest", "meta and tensors", rows[2], ranks, "FM-30"),
+                *(self._which_input(envelope) if inputs is not None else ()),
+                inputs,
             ],
             self.mesh.gate.ids,
         )
         self._check_shards(rows[3])
         return digest
+
+    def _which_input(self, envelope: Envelope) -> list[tripwires.Finding | None]:
+        """The digests differ, as every rank knows now: so all of them tell each part apart, in one more collective."""
+        plan, tensors, names = envelope.plan, envelope.tensors, CARRIES[V1]
+        rows = self._gather([tripwires.digest({}, (plan,)), *(tripwires.digest({n: tensors.get(n)}) for n in names)])
+        return [
+            tripwires.compare("input digest", name, row, self.mesh.members, "FM-30")
+            for name, row in zip(("the plan", *names), rows, strict=True)
+        ]
 
     def check_baselines(self) -> None:
         """Once, after loading: shards differ, so their baselines must. One collective.
@@ -229,6 +242,7 @@ class Stage1:
             bias=bias,
             recompute=recompute,
         )
+        self._finite.append(torch.isfinite(flow_BFCHW).all())  # read once a chunk: a device is not waited for here
         return flow_BFCHW
 
     def _agree_on_results(self, plan: ChunkPlan, latents_BFCHW: torch.Tensor) -> int:
@@ -243,14 +257,14 @@ class Stage1:
         cache = [0] * len(tripwires.LIFECYCLE)
         if _due(cadence.kv_digest_every, plan.chunk_index):
             cache = tripwires.lifecycle(plan, ids["call_id"], self.kv.global_end_index[0], self.kv.local_end_index[0])
-        finite = int(torch.isfinite(latents_BFCHW).all())
-        rows = self._gather([self._calls, finite, self.mesh.ledger.value(), digest, *cache])
+        finite = torch.stack([*self._finite, torch.isfinite(latents_BFCHW).all()]).tolist()
+        first_bad = finite.index(False) + 1 if False in finite else 0
+        rows = self._gather([self._calls, first_bad, self.mesh.ledger.value(), digest, *cache])
         tripwires.raise_first(
             [
                 tripwires.compare("call count", "generator calls made", rows[0], ranks, "FM-02"),
                 tripwires.compare("collective ledger", "group, op, shape, dtype", rows[2], ranks, "FM-03"),
                 *tripwires.compare_lifecycle(rows[4:], ranks),
-                tripwires.compare("output digest", "latents_out", rows[3], ranks, "FM-30"),
             ],
             ids,
         )
@@ -258,15 +272,27 @@ class Stage1:
             raise CallCountError(
                 f"rank {self.mesh.rank} made {self._calls} generator calls, {plan.expected_calls} were planned", ids=ids
             )
-        bad = [int(rank) for rank, ok in zip(ranks, rows[1], strict=True) if not ok]
-        if bad:
-            raise TripwireError(
-                f"NaN or Inf in latents_out of chunk {plan.chunk_index} on rank {', '.join(map(str, bad))}",
-                fm="FM-31",
-                ids=ids,
-                evidence={"ranks": bad},
-            )
+        # Before the output digest: NaN differs from NaN in its bits, and "not finite" says more than "differs".
+        self._check_finite(plan, rows[1])
+        tripwires.raise_first([tripwires.compare("output digest", "latents_out", rows[3], ranks, "FM-30")], ids)
         return digest
+
+    def _check_finite(self, plan: ChunkPlan, first_bad: list[int]) -> None:
+        """`first_bad` by rank: the first generator call (from 1) whose result is not finite, the calls of the chunk + 1
+        for the chunk's own result, or 0. Whoever had one first is where it began: the next call spreads it."""
+        bad = {int(rank): call for rank, call in zip(self.mesh.members, first_bad, strict=True) if call}
+        if not bad:
+            return
+        first = min(bad.values())
+        began = [rank for rank, call in bad.items() if call == first]
+        where = f"generator call {first} of {self._calls}" if first <= self._calls else "the result"
+        raise TripwireError(
+            f"NaN or Inf in latents_out of chunk {plan.chunk_index}: first in {where}, "
+            f"on rank {', '.join(map(str, began))}",
+            fm="FM-31",
+            ids=self.mesh.gate.ids,
+            evidence={"by_rank": {str(rank): call for rank, call in bad.items()}, "minority": began, "call": first},
+        )
 
     def _gather(self, values: list[int]) -> list[list[int]]:
         """One int64 all_gather on the CPU: a list over ranks for each value."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine import config as configuration
+from engine import faults
 from engine.blackbox import BlackBox
 from engine.comm import parity
 from engine.comm.group import Phase
@@ -75,6 +76,7 @@ class Worker:
         meeting = MeetingPoint(self.env, comm.join_timeout_s)
         meeting.meet("join", comm.join_timeout_s)
         groups = create_groups(self.env, self.config, self.topology, meeting, self.blackbox)
+        faults.before_handshake(self.config, self.env.rank, self.blackbox)
         parity.check(groups.world, parity.launch_observation(self.config), "configuration, versions or environment")
         report.times["join_s"] = age_s()
 
@@ -100,6 +102,7 @@ class Worker:
         report.write()
 
         link = self._link(groups)
+        faults.plant(self.config, self.env.rank, self.blackbox, groups, link, stage1, materials)
         if self.env.rank == 0:
             if materials is None:
                 raise EngineError("rank 0 always holds Stage 0's parts", exit_code=int(RankExit.BAD_CONFIG))
@@ -160,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         env = RankEnv.from_environ(os.environ)
-        config = configuration.load([("run", arguments.config)]).config
+        config = faults.differ(configuration.load([("run", arguments.config)]).config, env.rank)
     except EngineError as error:
         print(f"{error.code}: {error.message}\nnext: {error.next_step}", file=sys.stderr)
         return error.exit_code

@@ -160,7 +160,7 @@ def test_nan_is_found_before_the_result_leaves(weights_cache: Path, tmp_path: Pa
     assert latents_BFCHW is not None
     with torch.inference_mode():
         latents_BFCHW[0, 0, 0, 0, 0] = float("nan")
-    with pytest.raises(TripwireError, match="NaN or Inf in latents_out of chunk 0 on rank 0"):
+    with pytest.raises(TripwireError, match="latents_out of chunk 0: first in generator call 1 of 4, on rank 0"):
         job.stage1.step(envelope, 0)
 
 

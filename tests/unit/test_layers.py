@@ -18,11 +18,11 @@ ROOMS = (
     ("comm",),
     # `assets` makes tiny weights with the modules of model and codecs, and the loader asks it for them.
     ("model", "codecs", "sinks", "tripwires", "seeded", "assets", "recorder"),
-    ("overlap", "watchdog", "drain", "faults", "materials"),
+    ("overlap", "watchdog", "drain", "materials"),
     ("stage0", "stage1"),
     ("rank", "record"),
-    ("leader", "follower"),
-    ("worker",),
+    ("leader", "follower", "faults"),
+    ("worker", "nursery"),
 )
 ORDER = {name: place for place, names in enumerate(ROOMS) for name in names}
 FIRST_GROUP = ("errors", "config", "plan", "timeline", "lifecycle", "blackbox", "records", "report")
