@@ -96,10 +96,6 @@ class MeetingPoint:
         """A name that all ranks of this launch share, and no other launch has."""
         return str(self.store.compare_set("job", "", uuid.uuid4().hex).decode())
 
-    def name_job(self) -> str:
-        """A name that all ranks of this launch share, and no other launch has."""
-        return str(self.store.compare_set("job", "", uuid.uuid4().hex).decode())
-
     def meet(self, place: str, timeout_s: float) -> None:
         """Wait until every rank is at `place`.
 
