@@ -153,3 +153,13 @@ def test_the_launcher_must_start_as_many_ranks_as_the_plan_needs(weights_cache: 
     outcome = run_ranks(tmp_path / "run", config, world_size=2, port=free_port())
     assert outcome.exit_codes == {0: 77, 1: 77}
     assert "needs 1 ranks, the launcher started 2" in outcome.stderr[0]
+
+
+def test_a_meta_too_long_for_the_first_message_travels_in_its_own(weights_cache: Path, tmp_path: Path) -> None:
+    """v0 carries the prompt itself. It is also longer than the text encoder takes, and both ranks say so."""
+    config = make_config(weights_cache, tmp_path, plan__tp_plan=V0, plan__tp=2, run__chunks=1)
+    Path(config.run.timeline).write_text(f'[[event]]\nat_chunk = 0\nprompt = "{"a boat on a lake " * 300}"\n')
+    outcome = run_ranks(tmp_path / "run", config)
+    assert outcome.exit_codes == {0: 0, 1: 0}, outcome.stderr
+    for report in outcome.reports.values():
+        assert "longer than 32 tokens" in report["warnings"][0]
