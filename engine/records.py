@@ -120,6 +120,8 @@ class RecordReader:
 
     def poll(self) -> list[dict[str, Any]]:
         try:
+            if not self.path.is_file() and self.path.exists():
+                raise self._refuse("is not a plain file")  # reading a device might never end
             with self.path.open("rb") as stream:
                 stream.seek(self._offset)
                 raw = stream.read()

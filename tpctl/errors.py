@@ -4,7 +4,8 @@ CliError(EngineError)     TP-70xx  2  a wrong option or file
 ├── LaunchError           TP-71xx  3  a launcher that could not start, or left something behind
 ├── SnapshotError         TP-72xx  2  a snapshot that is foreign, newer than this tool, or damaged
 ├── MatrixError           TP-73xx  2  a matrix file that contradicts itself
-└── BaselineError         TP-74xx  2  a baseline that cannot be read
+├── BaselineError         TP-74xx  2  a baseline that cannot be read
+└── RunError              TP-75xx  7  no such run, or none in that directory
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ class MatrixError(CliError):
 class BaselineError(CliError):
     code = "TP-7401"
     next_step = "tpctl bringup --save-baseline NAME"
+
+
+class RunError(CliError):
+    code = "TP-7501"
+    next_step = "ls runs"
+    cli_exit = ExitCode.NO_SUCH_JOB
 
 
 # Failure mode or code prefix -> runbook. A line is printed only for a runbook that this checkout has.

@@ -16,7 +16,9 @@ from typer.core import TyperGroup
 # name, module, the line on the help page. The order is the order of the help page.
 COMMANDS: tuple[tuple[str, str, str], ...] = (
     ("bringup", "tpctl.commands.bringup", "Run a bring-up matrix on real processes; gate each case; report."),
+    ("drill", "tpctl.commands.drill", "Break a real job on purpose; check that it dies fast, for the named reason."),
     ("parity-check", "tpctl.commands.parity", "Compare configuration, environment and versions over ranks or hosts."),
+    ("kv-audit", "tpctl.commands.kvaudit", "Compare the cache history of all ranks, live or from records."),
     ("env", "tpctl.commands.env", "Snapshot of this host: hardware, versions, thread settings."),
     ("config", "tpctl.commands.config", "Write, show and check the configuration."),
     ("schema", "tpctl.commands.schema", "Print the JSON Schema of a command's output."),

@@ -96,6 +96,8 @@ def test_a_full_disk_stops_the_recording_and_says_so_once(tmp_path: Path) -> Non
     records.append(row(0), (12, 12), (12, 12))
     assert len(warnings) == 1
     assert "No space left" in warnings[0]
+    with pytest.raises(RecordsError, match="not a plain file"):
+        read_records(tmp_path / "r")
 
 
 def test_no_directory_harms_nobody_either(tmp_path: Path) -> None:
