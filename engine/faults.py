@@ -28,7 +28,7 @@ from engine.blackbox import BlackBox
 from engine.comm import group, parity, transport
 from engine.comm.topology import Groups
 from engine.comm.transport import BroadcastLink
-from engine.config import DrillConfig, EngineConfig, load
+from engine.config import DrillConfig, EngineConfig, dotted_keys, parse_text
 from engine.errors import ConfigError
 from engine.plan import ChunkPlan
 from engine.sinks import staged
@@ -86,9 +86,10 @@ def differ(config: EngineConfig, rank: int) -> EngineConfig:
     dotted, equals, text = drill.differs.partition("=")
     if not equals:
         raise ConfigError("drill.differs must be section.key=value", code="TP-1013")
-    section, _, key = dotted.partition(".")
-    value = getattr(getattr(load(overrides={dotted: text}).config, section), key)
-    return config.replace(**{f"{section}__{key}": value})
+    known = dotted_keys()
+    if dotted not in known:
+        raise ConfigError(f"drill.differs names no key: '{dotted}'", code="TP-1013")
+    return config.replace(**{dotted.replace(".", "__"): parse_text(text, known[dotted], dotted, "drill.differs")})
 
 
 def before_handshake(config: EngineConfig, rank: int, blackbox: BlackBox) -> None:

@@ -26,6 +26,7 @@ NOTES: dict[str, str] = {
     "comm": "Limits of the wire, and deadlines of the process groups in seconds.",
     "liveness": "watchdog_s must be at least three heartbeats.",
     "tripwires": "Cadence of each check in chunks; 0 is off.",
+    "drill": "A fault to plant. For drills only (tpctl drill): leave `id` empty.",
     "run": "How much to make, and of what.",
     "sink": f"kinds: any of {', '.join(SINK_KINDS)}.",
 }

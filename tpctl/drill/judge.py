@@ -1,0 +1,242 @@
+"""Did the job die as the drill demands: fast, for the named reason, with the right blame, with nothing left behind?"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.blackbox import BlackBoxError, read_box
+from tpctl.drill.ranks import Ended
+from tpctl.drill.table import Drill
+from tpctl.verdict import Finding, Verdict
+
+REFEREE_KILL = -9
+TOLD = (73, 74)  # these ranks died of another one's death
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a drill's job left: how it ended, reports, moments (monotonic ns), the referee's word if there is one."""
+
+    drill: Drill
+    run_dir: Path
+    ended: Ended
+    reports: Mapping[int, Mapping[str, Any]]
+    injected_ns: int | None
+    failed_ns: Mapping[int, int]
+    around: tuple[str, ...] = ()
+    referee: Mapping[str, Any] | None = None
+    clean: Path | None = None
+
+    @property
+    def first(self) -> int | None:
+        """The first rank to fail: by its report, or by its death where it could write none. Who was told is not it."""
+        own = {rank: ns for rank, ns in self.failed_ns.items() if self.ended.codes.get(rank) not in TOLD}
+        moments = own or dict(self.failed_ns)
+        for rank, code in self.ended.codes.items():
+            if code < 0 and rank not in self.ended.forced and rank not in moments:
+                moments[rank] = self.ended.gone_ns[rank]
+        return min(moments, key=moments.__getitem__) if moments else None
+
+    @property
+    def error(self) -> Mapping[str, Any]:
+        """The error of the first rank that said why; empty if none did."""
+        ranks = sorted(self.failed_ns, key=lambda rank: (rank != self.first, self.failed_ns[rank]))
+        return next((self.reports[rank]["error"] for rank in ranks if self.reports[rank].get("error")), {})
+
+    def after_ms(self, moment_ns: int | None) -> float | None:
+        if moment_ns is None or self.injected_ns is None:
+            return None
+        return round((moment_ns - self.injected_ns) / 1e6, 1)
+
+    @property
+    def first_ms(self) -> float | None:
+        return self.after_ms(min(self.failed_ns.values(), default=None))
+
+    @property
+    def gone_ms(self) -> float | None:
+        complete = len(self.ended.gone_ns) == self.drill.tp
+        return self.after_ms(max(self.ended.gone_ns.values())) if complete else None
+
+
+@dataclass(frozen=True)
+class Result:
+    seen: Seen
+    findings: tuple[Finding, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Verdict:
+        bad = any(finding.verdict is Verdict.FAIL for finding in self.findings)
+        return Verdict.FAIL if bad else Verdict.PASS
+
+    def to_dict(self) -> dict[str, Any]:
+        seen, drill = self.seen, self.seen.drill
+        return {
+            "id": drill.id,
+            "title": drill.title,
+            "verdict": self.verdict.value,
+            "tp": drill.tp,
+            "victim_rank": drill.victim_rank,
+            "exit_codes": {str(rank): code for rank, code in sorted(seen.ended.codes.items())},
+            "first_rank": seen.first,
+            "code": seen.error.get("code"),
+            "fm": seen.error.get("fm"),
+            "reason": seen.error.get("message"),
+            "blame": self.facts.get("blame"),
+            "first_failure_ms": seen.first_ms,
+            "gone_ms": seen.gone_ms,
+            "around": list(seen.around),
+            "leftovers": list(seen.ended.leftovers),
+            "forced": {str(rank): why for rank, why in seen.ended.forced.items()},
+            "ended_by": self.facts.get("ended_by"),
+            "drift": self.facts.get("drift"),
+            "run_dir": str(seen.run_dir),
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
+
+
+def observe(drill: Drill, run_dir: Path, ended: Ended, clean: Path | None) -> Seen:
+    """Read what the ranks left in `run_dir`. What cannot be read counts as missing."""
+    reports, failed, around = {}, {}, []
+    injected = None
+    for rank in range(drill.tp):
+        with contextlib.suppress(OSError, ValueError):
+            reports[rank] = json.loads((run_dir / "ranks" / f"rank{rank}.json").read_text(encoding="utf-8"))
+        with contextlib.suppress(BlackBoxError, OSError):
+            box = read_box(run_dir / "ranks" / f"rank{rank}.blackbox")
+            if box.live.state.value == "aborted":
+                failed[rank] = box.live.state_ns
+            last = box.commitments[-1] if box.commitments else None
+            for commitment in box.commitments:
+                if commitment.action.startswith("inject ") and injected is None:
+                    injected = commitment.t_ns
+                    around.append(f"rank {rank}: {commitment.action}, chunk {commitment.chunk_index}")
+            if last is not None:
+                around.append(f"rank {rank}: last {last.action} on {last.group}, chunk {last.chunk_index}")
+    for rank in reports.keys() - failed.keys():
+        if reports[rank].get("error") and rank in ended.gone_ns:
+            failed[rank] = ended.gone_ns[rank]
+    referee = None
+    with contextlib.suppress(OSError, ValueError):
+        referee = json.loads((run_dir / "referee.json").read_text(encoding="utf-8"))
+    return Seen(drill, run_dir, ended, reports, injected, failed, tuple(around), referee, clean)
+
+
+def judge(seen: Seen) -> Result:
+    """With its guard: every demand of the table is one finding."""
+    drill, error = seen.drill, seen.error
+    findings = [_find("injected", seen.injected_ns is not None, "the fault was planted", None, None)]
+    for rank, code in sorted(seen.ended.codes.items()):
+        allowed = set(drill.victim if rank == drill.victim_rank else drill.others)
+        if seen.referee is not None:
+            allowed.add(REFEREE_KILL)
+        findings.append(_find("exit code", code in allowed, f"rank {rank} ended with {code}", code, sorted(allowed)))
+    if drill.code:
+        named = error.get("code") in drill.code and (drill.fm is None or error.get("fm") in (drill.fm, None))
+        findings.append(_find("reason", named, f"{error.get('code')} {error.get('fm')}", error.get("code"), drill.code))
+    text = str(error.get("message"))
+    findings += [_find("words", word in text, f"the error names '{word}'", text, word) for word in drill.says]
+    right, blame = _blame(seen)
+    findings.append(_find("blame", right, blame, None, drill.blame))
+    if drill.blame == "drain":
+        findings.append(_find("in time", not seen.ended.timed_out, "the drain ended", seen.gone_ms, None))
+    else:
+        for name, value, limit in (
+            ("first failure", seen.first_ms, drill.within_ms),
+            ("all gone", seen.gone_ms, drill.gone_ms),
+        ):
+            findings.append(_find(name, value is not None and value <= limit, f"{name} after {value} ms", value, limit))
+    left = list(seen.ended.leftovers)
+    findings.append(_find("leftovers", not left and not seen.ended.timed_out, f"left: {left or 'nothing'}", left, []))
+    findings += _orderly(seen)
+    return Result(seen, tuple(findings), {"blame": blame})
+
+
+def judge_without_guard(seen: Seen) -> Result:
+    """Without its guard the drill must fail, in the way the table says."""
+    drill = seen.drill
+    how, drift = _ending(seen)
+    findings = [
+        _find("injected", seen.injected_ns is not None, "the fault was planted", None, None),
+        _find("proof", how == drill.proof, f"without its guard: {how}", how, drill.proof),
+    ]
+    if drill.drift and how == "silent":
+        drifted = drift is not None and not drift <= 1e-3
+        findings.append(_find("drift", drifted, f"latents off by {drift} of the largest value", drift, 1e-3))
+    left = list(seen.ended.leftovers)
+    findings.append(_find("leftovers", not left, f"left: {left or 'nothing'}", left, []))
+    return Result(seen, tuple(findings), {"ended_by": how, "drift": drift, "blame": None})
+
+
+def _ending(seen: Seen) -> tuple[str, float | None]:
+    drill = seen.drill
+    if any(finding.verdict is Verdict.FAIL for finding in _orderly(seen)):
+        return "loss", None
+    if seen.ended.timed_out or seen.ended.forced:
+        return "hang", None
+    if all(code == 0 for code in seen.ended.codes.values()):
+        return "silent", _drift(seen) if drill.drift else None
+    expected = judge(seen)
+    return ("guarded" if expected.verdict is Verdict.PASS else "late"), None
+
+
+def _orderly(seen: Seen) -> list[Finding]:
+    """The account balances on rank 0 wherever it could still write, and no file stands half-written."""
+    drill, found = seen.drill, []
+    if drill.blame == "drain" or drill.proof == "loss":
+        account = (seen.reports.get(0) or {}).get("account") or {}
+        made = {key: account.get(key, 0) for key in ("accepted", "emitted", "dropped", "abandoned")}
+        balanced = made["accepted"] > 0 and made["accepted"] == sum(made.values()) - made["accepted"]
+        found.append(_find("account", balanced, f"account: {made}", made, "balanced"))
+        halves = [
+            path.name
+            for path in seen.run_dir.iterdir()
+            if path.name.endswith(".partial") or path.name.startswith("frames.")
+        ]
+        found.append(_find("files", not halves, f"half-written files: {halves or 'none'}", halves, []))
+    return found
+
+
+def _blame(seen: Seen) -> tuple[bool, str]:
+    """Is the planted rank, or the true difference, the one that is named?"""
+    drill, first, evidence = seen.drill, seen.first, dict(seen.error.get("evidence") or {})
+    if drill.blame == "drain":
+        return True, "asked to end"
+    if drill.blame == "receiver":
+        right = first is not None and first != drill.victim_rank
+        return right, f"rank {first} refused what rank {drill.victim_rank} sent"
+    if drill.blame == "rank":
+        stopped = [rank for rank, why in seen.ended.forced.items() if why == "stopped"]
+        named = stopped[0] if stopped else first
+        return named == drill.victim_rank, f"rank {named}"
+    table: Mapping[str, Any] = evidence.get("by_rank") or next(iter((evidence.get("differences") or {}).values()), {})
+    minority = [int(rank) for rank in evidence.get("minority") or ()]
+    words = ", ".join(f"rank {rank}" for rank in table)
+    if drill.tp > 2 or minority:
+        return minority == [drill.victim_rank], f"odd one out: {minority} of {words}"
+    return str(drill.victim_rank) in table, f"difference between {words}"
+
+
+def _drift(seen: Seen) -> float | None:
+    """Largest difference of any latent from the clean run, relative to the largest value; NaN reads infinite."""
+    if seen.clean is None:
+        return None
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    ours, theirs = (load_file(path / "latents.safetensors") for path in (seen.run_dir, seen.clean))
+    worst = 0.0
+    for key, clean in theirs.items():
+        ratio = float(np.abs(ours[key] - clean).max() / np.abs(clean).max())
+        worst = max(worst, float("inf") if math.isnan(ratio) else ratio)
+    return worst
+
+
+def _find(name: str, good: bool, message: str, value: Any, limit: Any) -> Finding:
+    return Finding(name, Verdict.PASS if good else Verdict.FAIL, message, value, limit)

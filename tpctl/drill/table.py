@@ -1,0 +1,82 @@
+"""The table of drills: what each breaks, and what must follow."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from typing import Any
+
+from tpctl.errors import MatrixError
+
+
+@dataclass(frozen=True)
+class Drill:
+    """One row of `tpctl/matrix/drills.toml`, defaults filled in. `fault` is the id that `engine.faults` knows."""
+
+    id: str
+    title: str
+    victim: tuple[int, ...]
+    others: tuple[int, ...]
+    code: tuple[str, ...]
+    blame: str
+    proof: str
+    tp: int
+    victim_rank: int
+    at_chunk: int
+    deadline_s: float
+    within_ms: float
+    gone_ms: float
+    fm: str | None = None
+    says: tuple[str, ...] = ()
+    drift: bool = False
+    differs: str = ""
+    fault: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        return f"rank {self.victim_rank} of {self.tp}, chunk {self.at_chunk}"
+
+
+def load() -> tuple[Drill, ...]:
+    """All drills, in the order of the file.
+
+    Raises:
+        MatrixError: an unknown key.
+    """
+    text = (resources.files("tpctl") / "matrix" / "drills.toml").read_text(encoding="utf-8")
+    data = tomllib.loads(text)
+    defaults = data["defaults"]
+    known = {item.name for item in fields(Drill)}
+    drills = []
+    for row in data["drill"]:
+        merged = {**defaults, **row, "config": {**defaults["config"], **row.get("config", {})}}
+        merged["fault"] = merged.get("fault") or row["id"]
+        if unknown := sorted(merged.keys() - known):
+            raise MatrixError(f"drill {row['id']}: unknown key '{unknown[0]}'", code="TP-7309")
+        drills.append(Drill(**{key: _frozen(value) for key, value in merged.items()}))
+    return tuple(drills)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def select(drills: Sequence[Drill], wanted: Sequence[str]) -> tuple[Drill, ...]:
+    """Drills by id; `OM-21` stands for all of its variants. No ids: all.
+
+    Raises:
+        MatrixError: an id that no drill has.
+    """
+    chosen: dict[str, Drill] = {}
+    for name in wanted:
+        found = {drill.id: drill for drill in drills if drill.id == name or drill.id.startswith(name + ".")}
+        if not found:
+            near = difflib.get_close_matches(name, [drill.id for drill in drills], n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise MatrixError(f"there is no drill '{name}'{hint}", code="TP-7310", next_step="tpctl drill --list")
+        chosen |= found
+    return tuple(chosen.values()) if wanted else tuple(drills)
