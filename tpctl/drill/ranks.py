@@ -67,6 +67,9 @@ class Nursery:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait(10)
+        self._selector.close()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
 
     def run(self, run_dir: Path, config: Path, tp: int, deadline_s: float, supervise_s: float) -> Ended:
         """Start `tp` ranks; return when all are gone.
