@@ -10,11 +10,22 @@ written by single stores. A record is written before the words that announce it.
 64-bit words, little-endian.
 """
 
-from engine.blackbox.layout import BlackBoxError
-from engine.blackbox.reader import Box, Collective, Commitment, Contents, Live, Members, read, read_box
+from engine.blackbox.layout import COLLECTIVE_KEY, BlackBoxError
+from engine.blackbox.reader import (
+    Box,
+    Collective,
+    Commitment,
+    Contents,
+    Live,
+    Members,
+    read,
+    read_box,
+    unpack_collective,
+)
 from engine.blackbox.writer import BlackBox, pack_signature, pack_site, start_ticks
 
 __all__ = [
+    "COLLECTIVE_KEY",
     "BlackBox",
     "BlackBoxError",
     "Box",
@@ -28,4 +39,5 @@ __all__ = [
     "read",
     "read_box",
     "start_ticks",
+    "unpack_collective",
 ]

@@ -17,12 +17,14 @@ GROUP_SLOTS = 8
 LIVE = struct.Struct(f"<6Q16s{GROUP_SLOTS}Q")
 GROUP_OFFSET = 256
 GROUP_BYTES = 640
-GROUP = struct.Struct("<16sI512s")  # name, size, members as bits
+GROUP = struct.Struct("<16sI512s")  # name, leader, members as bits
 MAX_RANK = 512 * 8 - 1
 HEADER_BYTES = 8192
 COMMIT = struct.Struct("<QQqqq16s16sI")  # seq, t_ns, call_id, chunk_index, cache_epoch, action, group, crc
 # seq, t_ns, place, call_id, chunk_index, cache_epoch | hash, group, op, what | line, site | crc
 COLLECTIVE = struct.Struct("<QQQqqqQ16s16s40sI56sI")
+# Where a packed collective keeps what is compared: its place, its hash, its group.
+COLLECTIVE_KEY = (slice(16, 24), slice(48, 56), slice(56, 72))
 ENTRY = struct.Struct("<QQQqqq")
 SIGNATURE = struct.Struct("<Q16s16s40s")
 SITE = struct.Struct("<I56s")

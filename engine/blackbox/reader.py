@@ -84,9 +84,10 @@ class Live:
 
 @dataclass(frozen=True)
 class Members:
-    """A group as the rank knows it: its global ranks in ascending order."""
+    """A group as the rank knows it: its global ranks in ascending order. Broadcasts come from the leader."""
 
     name: str
+    leader: int
     ranks: tuple[int, ...]
 
 
@@ -176,7 +177,7 @@ class Box:
         self.close()
 
     def live(self) -> Live:
-        """The live words. `inside` is read before `counts`: what a deadlock proof needs (see `engine.referee_judge`).
+        """The live words. `inside` is read before `counts`: what a deadlock proof needs (see `engine.referee.judge`).
 
         Raises:
             BlackBoxError: they make no sense.
@@ -194,15 +195,16 @@ class Box:
             raw = self._pread(GROUP.size + CRC.size, GROUP_OFFSET + slot * GROUP_BYTES)
             if not _whole(raw):
                 raise self._refuse(f"has a damaged group in slot {slot}")
-            name, _, bits = GROUP.unpack_from(raw)
+            name, leader, bits = GROUP.unpack_from(raw)
             mask = int.from_bytes(bits, "little")
-            found.append(Members(_text(name), tuple(rank for rank in range(mask.bit_length()) if mask >> rank & 1)))
+            found.append(
+                Members(_text(name), leader, tuple(rank for rank in range(mask.bit_length()) if mask >> rank & 1))
+            )
         return tuple(found)
 
-    def collectives(self, after: int, upto: int) -> list[Collective]:
-        """Collectives with `after < seq <= upto` that the ring still holds whole, oldest first."""
-        records, _ = self._ring(after, upto, self._collectives_offset, COLLECTIVE.size)
-        return [_collective(raw) for raw in records]
+    def collectives(self, after: int, upto: int) -> list[bytes]:
+        """Collectives with `after < seq <= upto` that the ring still holds whole, oldest first, still packed."""
+        return self._ring(after, upto, self._collectives_offset, COLLECTIVE.size)[0]
 
     def contents(self) -> Contents:
         """Everything. A writer at work may make one copy inconsistent: see `read_box`."""
@@ -221,14 +223,19 @@ class Box:
             live,
             self.groups(live.groups),
             tuple(_commitment(raw) for raw in commits),
-            tuple(_collective(raw) for raw in collectives),
+            tuple(unpack_collective(raw) for raw in collectives),
         )
 
     def _ring(self, after: int, upto: int, offset: int, size: int) -> tuple[list[bytes], list[int]]:
         """Whole records, and the seqs of torn ones. What a busy writer has put in their place since is in neither."""
         records, torn = [], []
-        for seq in range(max(after, upto - self.slots) + 1, upto + 1):
-            raw = self._pread(size, offset + (seq - 1) % self.slots * size)
+        first = max(after, upto - self.slots) + 1
+        for seq in range(first, upto + 1):
+            slot = (seq - 1) % self.slots
+            if seq == first or slot == 0:  # one copy for each stretch without a wrap
+                stretch = self._pread(min(upto - seq + 1, self.slots - slot) * size, offset + slot * size)
+                base = seq
+            raw = stretch[(seq - base) * size : (seq - base + 1) * size]
             found = int.from_bytes(raw[:8], "little") if _whole(raw) else None
             if found == seq:
                 records.append(raw)
@@ -255,7 +262,7 @@ def _commitment(raw: bytes) -> Commitment:
     return Commitment(seq, t_ns, _text(action), _text(group), call_id, chunk_index, cache_epoch)
 
 
-def _collective(raw: bytes) -> Collective:
+def unpack_collective(raw: bytes) -> Collective:
     seq, t_ns, place, call_id, chunk, epoch, hash_u64, group, op, what, line, file, _ = COLLECTIVE.unpack(raw)
     return Collective(
         seq, t_ns, place, call_id, chunk, epoch, hash_u64, _text(group), _text(op), _text(what), _text(file), line

@@ -102,7 +102,7 @@ class BlackBox:
         self._commits = self._words[COMMITS] = seq
 
     def open_group(self, name: str, members: Sequence[int]) -> int:
-        """Make a group known; returns the slot that `enter` counts its collectives in.
+        """Make a group known; returns the slot that `enter` counts its collectives in. `members[0]` leads.
 
         Raises:
             BlackBoxError: too many groups, or a rank beyond what the file can name.
@@ -116,7 +116,7 @@ class BlackBox:
             raise BlackBoxError(f"no room in the black box for group {name} of {len(members)} ranks", code="TP-6203")
         self._groups[key] = slot
         bits = sum(1 << member for member in members).to_bytes(512, "little")
-        body = GROUP.pack(self._name(name), len(members), bits)
+        body = GROUP.pack(self._name(name), members[0], bits)
         offset = GROUP_OFFSET + slot * GROUP_BYTES
         self._map[offset : offset + len(body) + CRC.size] = body + pack_crc(crc32(body))
         self._words[GROUPS] = slot + 1
