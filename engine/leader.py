@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from engine.comm.transport import BroadcastLink
-from engine.errors import EngineError, PreflightError, SinkError
+from engine.errors import CallCountError, EngineError, PreflightError, SinkError
 from engine.lifecycle import RankExit, RankState
 from engine.materials import Materials
 from engine.rank import RankContext
@@ -93,7 +93,7 @@ def say(link: BroadcastLink, action: Action) -> None:
 
 def dismiss(context: RankContext, link: BroadcastLink, error: BaseException) -> None:
     """Peers wait for a header: send them one. A refusal by `prepare` or a sink is ours alone, so they drain."""
-    drains = isinstance(error, PreflightError | SinkError)
+    drains = isinstance(error, PreflightError | CallCountError | SinkError)
     try:
         with context.watchdog.budget("the farewell", context.config.liveness.watchdog_s, RankExit.TRANSPORT):
             if drains:

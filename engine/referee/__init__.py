@@ -6,8 +6,3 @@ It reads what the ranks leave in their black boxes, holds a pidfd of each, and r
 runs, is stopped or is dead. `watch` gathers that into a frozen snapshot; `judge` is a pure function from a snapshot to
 a verdict. What can be proved needs no timeout. Ranks never wait for the referee: if it dies, the job goes on.
 """
-
-from engine.referee.judge import Kind, Verdict, judge
-from engine.referee.snapshot import Difference, Ending, Life, Seat, Snapshot
-
-__all__ = ["Difference", "Ending", "Kind", "Life", "Seat", "Snapshot", "Verdict", "judge"]

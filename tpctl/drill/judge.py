@@ -16,7 +16,8 @@ from tpctl.drill.table import Drill
 from tpctl.verdict import Finding, Verdict
 
 REFEREE_KILL = -9
-TOLD = (73, 74)  # these ranks died of another one's death
+TOLD = frozenset({73, 74})  # these ranks died of another one's death
+BEREFT = frozenset({71, 72})  # and these too, where another one was killed
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,14 @@ class Seen:
     @property
     def first(self) -> int | None:
         """The first rank to fail: by its report, or by its death where it could write none. Who was told is not it."""
-        own = {rank: ns for rank, ns in self.failed_ns.items() if self.ended.codes.get(rank) not in TOLD}
-        moments = own or dict(self.failed_ns)
-        for rank, code in self.ended.codes.items():
-            if code < 0 and rank not in self.ended.forced and rank not in moments:
-                moments[rank] = self.ended.gone_ns[rank]
+        codes = self.ended.codes
+        killed = {
+            rank: self.ended.gone_ns[rank] for rank, code in codes.items() if code < 0 and rank not in self.ended.forced
+        }
+        # Beside a killed rank, those whose peer vanished are its victims, however fast they wrote their reports.
+        told = TOLD | BEREFT if killed else TOLD
+        own = {rank: ns for rank, ns in self.failed_ns.items() if codes.get(rank) not in told}
+        moments = killed | own or dict(self.failed_ns)
         return min(moments, key=moments.__getitem__) if moments else None
 
     @property
