@@ -34,12 +34,14 @@ class Referee:
         self.poll_ms = poll_ms
         self.told_to_leave = False
         self._parent = os.getppid()
+        self._said: set[str] = set()
 
     def run(self) -> Verdict | None:
         """The verdict, or None if the job ended well or nothing could be proved."""
         previous: Verdict | None = None
         while True:
             snapshot = self.watch.look()
+            self._say_unreadable()
             verdict = judge(snapshot)
             # A snapshot is not taken at one instant: what is true is still true in the next one.
             if verdict is not None and previous is not None and same(verdict, previous):
@@ -49,6 +51,12 @@ class Referee:
             previous = verdict
             if verdict is None:
                 self._wait(self.poll_ms)
+
+    def _say_unreadable(self) -> None:
+        for rank, why in self.watch.unreadable.items():
+            if why not in self._said:
+                self._said.add(why)
+                print(f"referee: rank {rank} is not watched: {why}", file=sys.stderr, flush=True)
 
     def _wait(self, milliseconds: int) -> None:
         """Until the time is over or a rank dies."""

@@ -22,6 +22,7 @@ ODD_ROUND = 20
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--config")  # what a launcher passes; nothing here needs it
     parser.add_argument("--how", required=True)
     parser.add_argument("--odd-rank", type=int, default=1)
     options = parser.parse_args()
