@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.blackbox import BlackBox, BlackBoxError, read
+from engine.blackbox import BlackBox, BlackBoxError, Box, pack_signature, pack_site, read, read_box
+from engine.blackbox.layout import COLLECTIVE, COMMIT, HEADER_BYTES
+from engine.lifecycle import RankState
 
 IDS = {"call_id": 7, "chunk_index": 3, "cache_epoch": 1}
 
@@ -59,3 +61,152 @@ def test_a_damaged_box_is_refused(damage: str, tmp_path: Path) -> None:
         BlackBoxError, match={"foreign": "not a", "short": "cut short", "version": "version 99"}[damage]
     ):
         read(path)
+
+
+def enter(box: BlackBox, count: int = 1) -> None:
+    slot = box.open_group("mesh_pg", (0, 1))
+    for _ in range(count):
+        box.enter(slot, pack_signature(5, "mesh_pg", "all_reduce", "float32[2]"), pack_site("x.py", 3), IDS)
+
+
+def test_a_collective_is_recorded_when_it_is_entered(tmp_path: Path) -> None:
+    box = BlackBox(tmp_path / "box", rank=1)
+    enter(box)
+    box.leave()
+    enter(box)
+    seen = read_box(tmp_path / "box")
+    first, second = seen.collectives
+    assert (first.place, second.place) == (1, 2)
+    assert (second.group, second.op, second.what, second.site) == ("mesh_pg", "all_reduce", "float32[2]", "x.py:3")
+    assert (second.hash_u64, second.call_id, second.chunk_index, second.cache_epoch) == (5, 7, 3, 1)
+    assert seen.inside == second
+    assert seen.groups[0].ranks == (0, 1)
+    assert seen.live.counts == (2,)
+    box.leave()
+    assert read_box(tmp_path / "box").inside is None
+
+
+def test_state_and_phase_are_live(tmp_path: Path) -> None:
+    box = BlackBox(tmp_path / "box", rank=0)
+    assert read_box(tmp_path / "box").live.state is RankState.STARTING
+    box.enter_state(RankState.WARMING)
+    box.enter_phase("handshake")
+    box.enter_phase("B")
+    assert read_box(tmp_path / "box").live.state is RankState.WARMING
+    assert read_box(tmp_path / "box").live.phase == "B"
+
+
+def test_a_full_ring_of_collectives_leaves_the_commitment_points_alone(tmp_path: Path) -> None:
+    box = BlackBox(tmp_path / "box", rank=0, slots=8)
+    box.commit("enter B", "mesh_pg", IDS)
+    enter(box, 30)
+    seen = read_box(tmp_path / "box")
+    assert [record.action for record in seen.commitments] == ["enter B"]
+    assert [entry.place for entry in seen.collectives] == list(range(23, 31))
+    assert seen.live.counts == (30,)
+
+
+def test_killed_inside_a_collective_the_box_says_which(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from engine.blackbox import BlackBox, pack_signature, pack_site\n"
+        "box = BlackBox(Path(sys.argv[1]), 0); slot = box.open_group('mesh_pg', (0, 1))\n"
+        "box.enter(slot, pack_signature(1, 'mesh_pg', 'broadcast', 'uint8[64]'), pack_site('y.py', 9), {})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "box")], timeout=30, check=False)
+    inside = read_box(tmp_path / "box").inside
+    assert inside is not None
+    assert (inside.op, inside.site) == ("broadcast", "y.py:9")
+
+
+def damage(path: Path, offset: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= 0x40
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("ring", ["commitments", "collectives"])
+def test_a_damaged_record_is_refused_unless_it_was_being_written_over(ring: str, tmp_path: Path) -> None:
+    slots = 8
+    box = BlackBox(tmp_path / "box", rank=0, slots=slots)
+    for _ in range(20):
+        box.commit("x", "mesh_pg", IDS)
+    enter(box, 20)
+    size = COMMIT.size if ring == "commitments" else COLLECTIVE.size
+    start = HEADER_BYTES + (0 if ring == "commitments" else slots * COMMIT.size)
+    sound = (tmp_path / "box").read_bytes()
+    # Record 13 is the oldest of 20 in 8 slots: its slot is the next to be written.
+    damage(tmp_path / "box", start + (13 - 1) % slots * size + 20)
+    records = getattr(read_box(tmp_path / "box"), ring)
+    assert [record.seq for record in records] == list(range(14, 21))
+    (tmp_path / "box").write_bytes(sound)
+    damage(tmp_path / "box", start + (16 - 1) % slots * size + 20)
+    with pytest.raises(BlackBoxError, match="1 damaged record"):
+        read_box(tmp_path / "box")
+
+
+@pytest.mark.parametrize(("offset", "words"), [(16, "damaged header"), (64, "damaged live words"), (260, "group")])
+def test_damage_in_the_head_is_refused(offset: int, words: str, tmp_path: Path) -> None:
+    enter(BlackBox(tmp_path / "box", rank=0))
+    damage(tmp_path / "box", offset)
+    with pytest.raises(BlackBoxError, match=words):
+        read_box(tmp_path / "box")
+
+
+def test_a_reader_that_holds_the_box_sees_it_grow_and_its_cutting(tmp_path: Path) -> None:
+    box = BlackBox(tmp_path / "box", rank=0)
+    with Box(tmp_path / "box") as reading:
+        assert reading.live().collectives == 0
+        enter(box, 3)
+        assert reading.live().collectives == 3
+        assert len(reading.collectives(1, 3)) == 2
+        enter(BlackBox(tmp_path / "box", rank=0))  # a new life of the rank: a new file
+        assert reading.live().collectives == 3
+        assert read_box(tmp_path / "box").live.collectives == 1
+        (tmp_path / "cut").write_bytes((tmp_path / "box").read_bytes())
+    with Box(tmp_path / "cut") as reading:
+        (tmp_path / "cut").write_bytes(b"TPCTL")
+        with pytest.raises(BlackBoxError, match="cut short while it was read"):
+            reading.live()
+
+
+def test_reading_beside_a_busy_writer_never_sees_a_torn_record(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from engine.blackbox import BlackBox, pack_signature, pack_site\n"
+        "box = BlackBox(Path(sys.argv[1]), 0, slots=64); slot = box.open_group('mesh_pg', (0, 1))\n"
+        "number = 0\n"
+        "while True:\n"
+        "    number += 1\n"
+        "    box.enter(slot, pack_signature(number, 'mesh_pg', 'op', 'w'), pack_site('y.py', 9), {'call_id': number})\n"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "box")])
+    try:
+        while not (tmp_path / "box").exists():
+            assert writer.poll() is None
+        with Box(tmp_path / "box") as reading:
+            seen = 0
+            for _ in range(300):
+                entries = reading.contents().collectives
+                assert all(entry.hash_u64 == entry.call_id == entry.place == entry.seq for entry in entries)
+                seen = max(seen, *(entry.seq for entry in entries), 0, 0)
+        assert seen > 1000
+    finally:
+        writer.kill()
+        writer.wait(10)
+
+
+def test_no_room_is_said_before_the_rank_starts(tmp_path: Path) -> None:
+    script = (
+        "import resource, sys; from pathlib import Path\n"
+        "from engine.blackbox import BlackBox, BlackBoxError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+        "try: BlackBox(Path(sys.argv[1]), 0)\n"
+        "except BlackBoxError as error: print(error.code, error.message)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "box")], timeout=30, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("TP-6202 rank 0 cannot make its black box")
+    assert not (tmp_path / "box").exists()
