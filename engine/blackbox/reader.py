@@ -176,6 +176,10 @@ class Box:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def peek(self) -> bytes:
+        """The live words, packed: equal bytes mean that the rank has not moved."""
+        return self._pread(LIVE.size, LIVE_OFFSET)
+
     def live(self) -> Live:
         """The live words. `inside` is read before `counts`: what a deadlock proof needs (see `engine.referee.judge`).
 

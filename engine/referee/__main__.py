@@ -16,7 +16,8 @@ from engine.referee.record import NAME, Record
 from engine.referee.snapshot import Life, Seat, Snapshot
 from engine.referee.watch import Watch
 
-POLL_MS = 8
+# How often it looks. A death wakes it at once; what ranks do to each other is seen within this.
+POLL_MS = 16
 # What ranks get to end by themselves once one has ended itself, and what those that are on their way out get.
 GRACE_S = 0.2
 LEAVING_S = 2.0

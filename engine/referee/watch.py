@@ -17,7 +17,7 @@ from engine.referee.snapshot import Ending, Life, Seat, Snapshot
 # A stop must be seen twice, this far apart: profilers stop a process for a moment.
 CONFIRM_STOP_NS = 50_000_000
 # The kernel's word on a process is asked for at most this often; its death wakes the referee at once.
-STATE_EVERY_NS = 20_000_000
+STATE_EVERY_NS = 40_000_000
 # A referee that slept longer than this was itself stopped: what it saw before is no first sighting any more.
 SLEPT_NS = 500_000_000
 LEAVING = (RankState.EXITED, RankState.ABORTED)
@@ -37,6 +37,7 @@ class RankWatch:
         self.box = Box(run_dir / "ranks" / f"rank{rank}.blackbox")
         self.pidfd: int | None = None
         self._stat: int | None = None
+        self._poller = select.poll()
         try:
             self._take(self.box.pid)
         except OSError:
@@ -50,6 +51,7 @@ class RankWatch:
         self._seen = 0
         self._asked_ns = 0
         self._stopped_ns = 0
+        self._still = b""
 
     def _take(self, pid: int) -> None:
         self.pidfd = os.pidfd_open(pid)
@@ -57,6 +59,7 @@ class RankWatch:
         if start_ticks(pid) != self.box.start_ticks:
             self.close()
             raise ProcessLookupError(pid)
+        self._poller.register(self.pidfd, select.POLLIN)
 
     def close(self) -> None:
         """Give up the handles of the process."""
@@ -67,7 +70,12 @@ class RankWatch:
 
     def look(self, ledgers: Ledgers, now_ns: int, slept: bool) -> Seat:
         """The rank as it is now."""
+        before = self.seat.life
         self._ask_kernel(now_ns, slept)
+        words = self.box.peek()
+        # Most looks find a rank where it was. One that leaves is looked at in full, until its report is there.
+        if words == self._still and self.seat.life is before is not Life.GONE and self.seat.state not in LEAVING:
+            return self.seat
         live = self.box.live()
         if live.groups != len(self._groups):
             self._groups = self.box.groups(live.groups)
@@ -77,6 +85,7 @@ class RankWatch:
             self._seen = live.collectives
             ledgers.add(self.rank, records)
         self._refresh(live, ledgers.last.get(self.rank), now_ns)
+        self._still = words
         return self.seat
 
     def _refresh(self, live: Live, last: bytes | None, now_ns: int) -> None:
@@ -104,7 +113,7 @@ class RankWatch:
     def _ask_kernel(self, now_ns: int, slept: bool) -> None:
         if self.pidfd is None or self._stat is None:
             return
-        if _readable(self.pidfd):
+        if self._poller.poll(0):  # a pidfd is readable once its process has ended
             status = _state(self._stat)[1]
             # 0 is also what the kernel shows to those who may not know.
             self.seat = replace(self.seat, life=Life.GONE, changed_ns=now_ns, wait_status=status or None)
@@ -179,13 +188,6 @@ class Watch:
             pass  # an old box; a new one will take its place
         else:
             self.unreadable.pop(rank, None)
-
-
-def _readable(pidfd: int) -> bool:
-    """A pidfd is readable once its process has ended."""
-    poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
-    return bool(poller.poll(0))
 
 
 def _state(stat: int) -> tuple[str, int]:
