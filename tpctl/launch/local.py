@@ -17,9 +17,11 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from tpctl.errors import LaunchError
 from tpctl.launch.environment import rank_environment
+from tpctl.launch.referee import watching
 
 TAG = "TPCTL_LAUNCH_TAG"
 TICK_S = 0.2
@@ -41,6 +43,7 @@ class LaunchSpec:
     node_rank: int = 0
     rdzv_endpoint: str = "localhost:0"
     rdzv_id: str = "job"
+    referee: bool = True
 
     def command(self) -> list[str]:
         """The launcher's command line."""
@@ -100,7 +103,8 @@ def run(spec: LaunchSpec, tick: Callable[[float], None] = lambda elapsed_s: None
         except OSError as error:
             raise LaunchError(f"cannot start the launcher: {error}", code="TP-7102") from error
         try:
-            timed_out = not _wait(process, started, spec.deadline_s, tick)
+            with referee(spec, log):
+                timed_out = not _wait(process, started, spec.deadline_s, tick)
             ended_at = time.time()
         except BaseException:
             _end(process, tag)
@@ -110,6 +114,13 @@ def run(spec: LaunchSpec, tick: Callable[[float], None] = lambda elapsed_s: None
             return Outcome(process.returncode, True, time.monotonic() - started, time.time(), (), immortal)
         leftovers, immortal = _kill(tagged(tag))
     return Outcome(process.returncode, False, time.monotonic() - started, ended_at, leftovers, immortal)
+
+
+def referee(spec: LaunchSpec, log: IO[bytes]) -> contextlib.AbstractContextManager[None]:
+    """With several hosts, the launcher alone knows which ranks are here: then there is none yet."""
+    if not spec.referee or spec.nnodes > 1:
+        return contextlib.nullcontext()
+    return watching(spec.run_dir, range(spec.nproc), log)
 
 
 def check_endpoint(endpoint: str, nnodes: int = 1, node_rank: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from collections.abc import Mapping
@@ -11,12 +12,14 @@ from typing import Any
 
 from engine.lifecycle import RankExit
 from tpctl.errors import runbook_of
+from tpctl.launch.referee import VERDICT
 from tpctl.matrix.observation import Observation
 
 # These ranks died of another one's death, unless nobody else died.
 VICTIMS = frozenset({int(RankExit.PEER_ERROR), int(RankExit.TRANSPORT)})
 # These wait for somebody in vain: victims too, if a rank was killed.
 BEREFT = frozenset({int(RankExit.ORPHANED), int(RankExit.PHASE_BUDGET)})
+REFEREE = ("tpctl.referee", 1)
 TAIL_LINES = 10
 TAIL_BYTES = 16384
 
@@ -40,7 +43,9 @@ class Cause:
 
     def lines(self) -> list[str]:
         """For people."""
-        who = "launcher" if self.rank is None else f"rank {self.rank}"
+        # Without a rank, a failure mode means that ranks differ and none of them is convicted.
+        nobody = "launcher" if self.fm is None else self.fm
+        who = nobody if self.rank is None else f"rank {self.rank}"
         exit_words = "" if self.exit_code is None else f", exit code {self.exit_code}"
         lines = [f"first cause: {who}{exit_words}: {self.code + ': ' if self.code else ''}{self.message}"]
         if self.log:
@@ -58,8 +63,15 @@ def first_cause(seen: Observation) -> Cause | None:
         return Cause(None, record["message"], record["code"], next=record["next"], runbook=runbook_of(record))
     if seen.outcome is None or (seen.outcome.returncode == 0 and not seen.outcome.timed_out and not _errors(seen)):
         return None
-    deaths = launcher_failures(seen.run_dir / "launcher.log")
     errors = _errors(seen)
+    verdict = read_verdict(seen.run_dir)
+    if verdict is not None and not seen.outcome.timed_out:
+        triggers = verdict["triggers"]
+        if verdict["kind"] != "ended":
+            return _of_verdict(seen, verdict)
+        if len(triggers) == 1 and triggers[0] in errors:
+            return _of_report(seen, triggers[0])
+    deaths = launcher_failures(seen.run_dir / "launcher.log")
     # A killed rank writes no report. `deaths` starts with the root cause; SIGTERM is the launcher tidying up.
     silent = [rank for rank in deaths if rank not in errors]
     killed = [rank for rank in silent if deaths[rank] != -signal.SIGTERM] or ([] if errors else silent)
@@ -81,6 +93,34 @@ def first_cause(seen: Observation) -> Cause | None:
         log=str(log),
         tail=tail(log),
         next="tpctl bringup --level 1",
+    )
+
+
+def read_verdict(run_dir: Path) -> dict[str, Any] | None:
+    """The referee's verdict, or None if there is none, or none that can be read."""
+    try:
+        data = json.loads((run_dir / VERDICT).read_text(encoding="utf-8"))
+        verdict = data["verdict"]
+        known = (data["schema"], data["schema_version"]) == REFEREE and isinstance(verdict["message"], str)
+        return verdict if known and isinstance(verdict["triggers"], list) and verdict["kind"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _of_verdict(seen: Observation, verdict: Mapping[str, Any]) -> Cause:
+    """What the referee proved from outside. `rank` is None where it convicts nobody, or several."""
+    rank = verdict["triggers"][0] if len(verdict["triggers"]) == 1 else None
+    log = rank_log(seen.run_dir, rank) if rank is not None else None
+    deaths = launcher_failures(seen.run_dir / "launcher.log")
+    return Cause(
+        rank,
+        verdict["message"],
+        exit_code=deaths.get(rank) if rank is not None else None,
+        fm=verdict.get("fm"),
+        log=str(log) if log else None,
+        tail=tail(log),
+        next=f"tpctl triage {seen.run_dir}",
+        runbook=runbook_of(dict(verdict)),
     )
 
 

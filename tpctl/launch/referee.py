@@ -1,0 +1,44 @@
+"""The referee beside a launch: started first, ended last, and never a reason for the launch to fail."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from tpctl.launch.environment import rank_environment
+
+VERDICT = "referee.json"
+# It leaves within one look when told to; after a verdict it first sees the ranks buried.
+LEAVE_S = 5.0
+
+
+@contextlib.contextmanager
+def watching(run_dir: Path, ranks: Sequence[int], log: IO[bytes]) -> Iterator[None]:
+    """A referee for these ranks of this host while the body runs. A verdict of an earlier run is removed first."""
+    (run_dir / VERDICT).unlink(missing_ok=True)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "engine.referee", "--run-dir", str(run_dir), "--ranks", ",".join(map(str, ranks))],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=rank_environment(),
+            start_new_session=True,
+        )
+    except OSError as error:
+        log.write(f"no referee: {error}\n".encode())
+        yield
+        return
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(LEAVE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
