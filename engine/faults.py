@@ -9,6 +9,7 @@ is a commitment point, `inject <id>`, in the victim's black box.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -301,6 +302,21 @@ def _freeze(scene: Scene) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def _spin(scene: Scene) -> None:
+    """Busy for ever, in Python: other threads of the process still get their turn."""
+    while True:
+        pass
+
+
+def _sleep(scene: Scene) -> None:
+    threading.Event().wait()
+
+
+def _hold_the_interpreter(scene: Scene) -> None:
+    """In a C call that keeps the interpreter lock: no thread of this process runs Python again."""
+    ctypes.PyDLL(None).sleep(86400)
+
+
 def _terminate(times: int) -> Callable[[Scene], None]:
     def act(scene: Scene) -> None:
         for _ in range(times):
@@ -309,14 +325,17 @@ def _terminate(times: int) -> Callable[[Scene], None]:
     return act
 
 
-def _kill_idle(scene: Scene) -> None:
-    """While the peers wait for a header."""
+def _while_peers_wait(act: Callable[[Scene], None]) -> Callable[[Scene], None]:
+    """On rank 0, while the others wait for a header."""
 
-    def change(envelope: Envelope) -> Envelope:
-        _kill(scene)
-        return envelope
+    def fault(scene: Scene) -> None:
+        def change(envelope: Envelope) -> Envelope:
+            act(scene)
+            return envelope
 
-    prepared(change)(scene)
+        prepared(change)(scene)
+
+    return fault
 
 
 def _kill_after_header(scene: Scene) -> None:
@@ -417,12 +436,17 @@ FAULTS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
         "OM-10": prepared(lambda e: _tensors(e, context_frames=None)),
         "OM-11": received(_other_conditioning),
         "OM-12": received(_other_weight),
-        "OM-13.idle": _kill_idle,
+        "OM-13.idle": _while_peers_wait(_kill),
         "OM-13.header": _kill_after_header,
         "OM-13.phase-b": in_phase_b(_kill),
+        "OM-13.lock": _while_peers_wait(_hold_the_interpreter),
         "OM-14": in_phase_b(_kill),
         "OM-15.phase-b": in_phase_b(_freeze),
         "OM-15.receive": _freeze_in_receive,
+        "OM-15.idle": _while_peers_wait(_freeze),
+        "OM-15.spin": in_phase_b(_spin),
+        "OM-15.sleep": in_phase_b(_sleep),
+        "OM-15.lock": in_phase_b(_hold_the_interpreter),
         "OM-16": received(_emptied_cache),
         "OM-17": received(lambda s, e: _plan(e, current_start_frame=e.plan.current_start_frame - 1)),
         "OM-18.back": on_the_wire(_call_id(1)),

@@ -20,7 +20,7 @@ def follow(context: RankContext, link: BroadcastLink, stage1: Stage1, materials:
     live, report = context.config.liveness, context.report
     clock = Clock()
     while True:
-        with context.watchdog.budget("the wait for a header", live.watchdog_s, RankExit.ORPHANED):
+        with context.watchdog.budget("the wait for a header", live.watchdog_s, RankExit.ORPHANED, "FM-40"):
             received = link.receive()
         if received.header.action is Action.SHUTDOWN:
             report.move(RankState.DRAINING)
@@ -30,7 +30,7 @@ def follow(context: RankContext, link: BroadcastLink, stage1: Stage1, materials:
         clock.mark("t_frame_ms")
         envelope = received.envelope if materials is None else materials.complete(received.envelope)
         clock.mark("t_a_ms")
-        with context.watchdog.budget("phase B", live.phase_budget_s, RankExit.PHASE_BUDGET):
+        with context.watchdog.budget("phase B", live.phase_budget_s, RankExit.PHASE_BUDGET, "FM-41"):
             result = stage1.step(envelope, received.header.call_id)
         clock.mark("t_b_ms")
         if materials is not None and materials.parts.vae_decoder:

@@ -26,7 +26,7 @@ def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: M
     """Make the run's chunks until the timeline's end or a drain. Raises what ends the stream early."""
     config, report = context.config, context.report
     account = report.account = {"accepted": 0, "emitted": 0, "dropped": 0, "abandoned": 0}
-    heartbeat = Heartbeat(config.liveness.heartbeat_s, lambda: say(link, Action.NOOP))
+    heartbeat = Heartbeat(config.liveness.heartbeat_s, lambda: beat(context, link))
     sinks: SinkSet | None = None
     peers_wait = True  # for a header: so this rank may still end them in good order
     try:
@@ -49,7 +49,8 @@ def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: M
                 call_id = link.next_call_id()
                 frame = prepare_infer(stage0.for_link(envelope), call_id, link)
                 peers_wait = False
-                with context.watchdog.budget("phase B", config.liveness.phase_budget_s, RankExit.PHASE_BUDGET):
+                budget_s = config.liveness.phase_budget_s
+                with context.watchdog.budget("phase B", budget_s, RankExit.PHASE_BUDGET, "FM-41"):
                     link.send(frame)
                     clock.mark("t_frame_ms")
                     result = stage1.step(envelope, call_id)
@@ -67,7 +68,7 @@ def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: M
         recorder.close()
         heartbeat.stop()
         peers_wait = False
-        with context.watchdog.budget("SHUTDOWN", config.liveness.watchdog_s, RankExit.TRANSPORT):
+        with context.watchdog.budget("SHUTDOWN", config.liveness.watchdog_s, RankExit.TRANSPORT, "FM-41"):
             say(link, Action.SHUTDOWN)
     except BaseException as error:
         account["abandoned"] = account["accepted"] - account["emitted"] - account["dropped"]
@@ -91,11 +92,17 @@ def say(link: BroadcastLink, action: Action) -> None:
     link.send(prepare_control(action, call_id=link.next_call_id(), link=link.state))
 
 
+def beat(context: RankContext, link: BroadcastLink) -> None:
+    """NOOP. A peer that does not take it keeps the whole loop waiting, so the beat has a deadline of its own."""
+    with context.watchdog.budget("the heartbeat", context.config.liveness.watchdog_s, RankExit.TRANSPORT, "FM-41"):
+        say(link, Action.NOOP)
+
+
 def dismiss(context: RankContext, link: BroadcastLink, error: BaseException) -> None:
     """Peers wait for a header: send them one. A refusal by `prepare` or a sink is ours alone, so they drain."""
     drains = isinstance(error, PreflightError | CallCountError | SinkError)
     try:
-        with context.watchdog.budget("the farewell", context.config.liveness.watchdog_s, RankExit.TRANSPORT):
+        with context.watchdog.budget("the farewell", context.config.liveness.watchdog_s, RankExit.TRANSPORT, "FM-41"):
             if drains:
                 say(link, Action.SHUTDOWN)
             else:

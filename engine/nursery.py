@@ -1,9 +1,9 @@
 """A nursery of ranks: one process that has imported everything forks each rank, so that a rank starts at once.
 
 For drills, whose subject is how a job ends, not how it starts. One JSON object a line. On stdin, what to fork:
-`{"rank", "argv", "environ", "stderr"}`. On stdout `{"event": "ready"}`, then for each rank
-`{"event": "started", "rank", "pid"}` and `{"event": "ended", "rank", "pid", "code", "t_ns"}` (monotonic; a signal reads
-negative, as with `subprocess`). When stdin ends, every rank that is left is killed.
+`{"rank", "argv", "environ", "stderr"}`; the rank `"referee"` is the host's referee. On stdout `{"event": "ready"}`,
+then for each rank `{"event": "started", "rank", "pid"}` and `{"event": "ended", "rank", "pid", "code", "t_ns"}`
+(monotonic; a signal reads negative, as with `subprocess`). When stdin ends, every rank that is left is killed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import signal
 import sys
 import time
 from typing import Any, NoReturn
+
+REFEREE = "referee"
 
 
 def main() -> int:
@@ -66,8 +68,10 @@ def _become_rank(wanted: dict[str, Any]) -> NoReturn:
         os.closerange(3, 256)  # the nursery's selector and the pidfds of other ranks
         os.environ.clear()
         os.environ.update(wanted["environ"])
-        from engine.worker import main as work
-
+        if wanted["rank"] == REFEREE:
+            from engine.referee.__main__ import main as work
+        else:
+            from engine.worker import main as work
         code = work(wanted["argv"])
     finally:
         sys.stderr.flush()
@@ -81,9 +85,10 @@ def _preload() -> None:
 
     from engine import leader, materials, worker
     from engine.codecs import text, vae
+    from engine.referee import __main__ as referee
     from engine.sinks import raw
 
-    assert all((AutoencoderKLWan, AutoTokenizer, UMT5EncoderModel, leader, materials, worker, text, vae, raw))
+    assert all((AutoencoderKLWan, AutoTokenizer, UMT5EncoderModel, leader, materials, referee, worker, text, vae, raw))
     gc.collect()
     gc.freeze()  # the collector would otherwise touch, and so copy, every page in every rank
 

@@ -59,6 +59,7 @@ class RankContext:
         self.report.error, self.report.exit_code = error.to_record(), error.exit_code
         self.report.state = RankState.ABORTED
         self.blackbox.commit("leave now", "-", {})
+        self.blackbox.enter_state(RankState.ABORTED)
         print(f"rank {self.env.rank}: {error.code}: {error.message}", file=sys.stderr, flush=True)
         self.report.write()
         os._exit(error.exit_code)
@@ -69,7 +70,7 @@ class RankContext:
             TripwireError(
                 f"rank {self.env.rank} spent more than {deadline.budget_s:g} s in {deadline.name}",
                 code="TP-6401" if orphaned else "TP-6402",
-                fm="FM-40" if orphaned else None,
+                fm=deadline.fm,
                 exit_code=int(deadline.exit_code),
                 evidence={"waited_in": deadline.name, "budget_s": deadline.budget_s},
                 next_step="tpctl triage RUN_DIR",

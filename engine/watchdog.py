@@ -17,12 +17,13 @@ from engine.lifecycle import RankExit
 
 @dataclass(frozen=True)
 class Deadline:
-    """When (monotonic seconds) a wait is over its budget, and what the rank dies of then."""
+    """When (monotonic seconds) a wait is over its budget, what the rank dies of then, and which failure mode that is."""
 
     name: str
     at_s: float
     budget_s: float
     exit_code: RankExit
+    fm: str | None = None
 
 
 class Watchdog:
@@ -40,16 +41,16 @@ class Watchdog:
         self._thread.start()
 
     @contextmanager
-    def budget(self, name: str, budget_s: float, exit_code: RankExit) -> Iterator[None]:
+    def budget(self, name: str, budget_s: float, exit_code: RankExit, fm: str | None = None) -> Iterator[None]:
         """The body must end within `budget_s` seconds."""
-        self.arm(name, budget_s, exit_code)
+        self.arm(name, budget_s, exit_code, fm)
         try:
             yield
         finally:
             self.disarm(name)
 
-    def arm(self, name: str, budget_s: float, exit_code: RankExit) -> None:
-        deadline = Deadline(name, time.monotonic() + budget_s, budget_s, exit_code)
+    def arm(self, name: str, budget_s: float, exit_code: RankExit, fm: str | None = None) -> None:
+        deadline = Deadline(name, time.monotonic() + budget_s, budget_s, exit_code, fm)
         with self._changed:
             self._deadlines[name] = deadline
             self._changed.notify()

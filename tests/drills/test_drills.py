@@ -13,10 +13,10 @@ from engine import faults
 from engine.config import EngineConfig, from_dict
 from engine.errors import ConfigError
 from tests.cli.conftest import cli, validated
-from tpctl.commands import drill as command
 from tpctl.drill import table
 from tpctl.drill.judge import Result
 from tpctl.drill.ranks import Nursery
+from tpctl.drill.runner import DrillRunner
 from tpctl.matrix.runner import make_assets
 from tpctl.verdict import Verdict
 
@@ -47,22 +47,20 @@ def explain(result: Result) -> str:
     ["OM-01", "OM-03.worker", "OM-05", "OM-06", "OM-11", "OM-11.middle", "OM-13.header", "OM-15.phase-b", "OM-18.back"],
 )
 def test_drill(name: str, nursery: Nursery, base: EngineConfig, tmp_path: Path) -> None:
-    result = command.run_one(nursery, DRILLS[name], base, tmp_path / name, without_guard=False)
+    result = DrillRunner(nursery, base, tmp_path).run(DRILLS[name])
     assert result.verdict is Verdict.PASS, explain(result)
 
 
 @pytest.mark.parametrize("name", ["OM-12", "OM-18.back", "OM-26"])
 def test_without_its_guard_a_drill_fails(name: str, nursery: Nursery, base: EngineConfig, tmp_path: Path) -> None:
-    drill = DRILLS[name]
-    clean = command.clean_run(nursery, drill, base, tmp_path, {}) if drill.drift else None
-    result = command.run_one(nursery, drill, base, tmp_path / name, without_guard=True, clean=clean)
+    result = DrillRunner(nursery, base, tmp_path).run(DRILLS[name], without_guard=True)
     assert result.verdict is Verdict.PASS, explain(result)
 
 
 def test_a_wrong_expectation_is_not_passed(nursery: Nursery, base: EngineConfig, tmp_path: Path) -> None:
     """The judge itself can fail: other code, other words, the wrong rank blamed."""
     wrong = dataclasses.replace(DRILLS["OM-06"], code=("TP-0000",), says=("never said",), victim_rank=0, victim=(0,))
-    result = command.run_one(nursery, wrong, base, tmp_path / "wrong", without_guard=False)
+    result = DrillRunner(nursery, base, tmp_path).run(wrong)
     failed = {finding.id for finding in result.findings if finding.verdict is Verdict.FAIL}
     assert {"exit code", "reason", "words"} <= failed
 
@@ -135,6 +133,6 @@ def test_a_drill_answers_by_its_schema(cli, base: EngineConfig) -> None:
     done = cli("drill", "OM-17", "-q", "-o", "json", "--set", f"model.cache_dir={base.model.cache_dir}")
     data = validated(done.stdout)
     assert done.exit_code == 0
-    (row,) = data["data"]["drills"]
+    row = data["data"]["drills"][0]
     assert (row["first_rank"], row["code"], row["leftovers"]) == (1, "TP-6001", [])
     assert row["first_failure_ms"] <= 1000

@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from engine.config import EngineConfig, from_dict
 from tpctl import options
 from tpctl.commands.bringup import new_run_dir
 from tpctl.drill import table
-from tpctl.drill.judge import Result, judge, judge_without_guard, observe
+from tpctl.drill.judge import Result
 from tpctl.drill.ranks import Nursery
+from tpctl.drill.runner import DrillRunner
 from tpctl.drill.table import Drill
-from tpctl.errors import MatrixError
 from tpctl.exitcodes import for_verdict
 from tpctl.matrix.runner import make_assets
 from tpctl.output import Column, Envelope, Format, Output, Table, to_json
 from tpctl.verdict import Coverage, Verdict, worst
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-
-TIMELINE = """\
-[[event]]
-at_chunk = 0
-prompt = "a red fox in the snow"
-[[event]]
-at_chunk = 2
-prompt = "the same fox at night"
-"""
-HANG_DEADLINE_S = 8.0
-FAR_S = 600.0
 
 
 @app.command(
@@ -69,75 +56,14 @@ def drill(
     make_assets(base, directory)
     results: list[Result] = []
     with Nursery(directory / "nursery.log") as nursery:
-        cleans: dict[str, Path] = {}
+        runner = DrillRunner(nursery, base, directory)
         for item in chosen:
-            clean = None
-            if without_guard and item.drift:
-                clean = clean_run(nursery, item, base, directory, cleans)
-            result = run_one(nursery, item, base, directory / item.id, without_guard, clean)
-            results.append(result)
-            out.say(f"{result.verdict}  {item.id}  {item.title}")
+            results.append(runner.run(item, without_guard=without_guard))
+            out.say(f"{results[-1].verdict}  {item.id}  {item.title}")
     envelope = envelope_of(results, directory, without_guard)
     (directory / "result.json").write_text(to_json(envelope.to_dict(), indent=2) + "\n", encoding="utf-8")
     out.emit(envelope, [table_of(results, without_guard)], explain(results, envelope))
     raise typer.Exit(int(for_verdict(envelope.verdict)))
-
-
-def run_one(
-    nursery: Nursery, item: Drill, base: EngineConfig, directory: Path, without_guard: bool, clean: Path | None = None
-) -> Result:
-    """One drill in `directory`, which is made."""
-    hang = without_guard and item.proof == "hang"
-    path, config = write_config(item, base, directory, without_guard=without_guard, far=hang)
-    budget_s = max(config.liveness.watchdog_s, config.liveness.phase_budget_s)
-    deadline_s = HANG_DEADLINE_S if hang else item.deadline_s
-    ended = nursery.run(directory, path, item.tp, deadline_s, supervise_s=0.0 if not hang else budget_s)
-    seen = observe(item, directory, ended, clean)
-    return judge_without_guard(seen) if without_guard else judge(seen)
-
-
-def clean_run(nursery: Nursery, item: Drill, base: EngineConfig, root: Path, cleans: dict[str, Path]) -> Path:
-    """A run of the same configuration with nothing broken, made once for all drills that share it."""
-    key = json.dumps([item.tp, dict(item.config)], sort_keys=True)
-    if key not in cleans:
-        directory = root / f"clean{len(cleans)}"
-        path, _ = write_config(item, base, directory, without_guard=False, broken=False)
-        ended = nursery.run(directory, path, item.tp, item.deadline_s, supervise_s=0.0)
-        if any(ended.codes.values()) or ended.timed_out:
-            raise MatrixError(f"the clean run for {item.id} failed: {ended.codes}", code="TP-7311")
-        cleans[key] = directory
-    return cleans[key]
-
-
-def write_config(
-    item: Drill, base: EngineConfig, directory: Path, *, without_guard: bool, far: bool = False, broken: bool = True
-) -> tuple[Path, EngineConfig]:
-    """`config.toml` and the timeline of one drill. `far` moves every deadline away, so that a hang shows itself."""
-    import tomli_w
-
-    directory.mkdir(parents=True)
-    data: dict[str, dict[str, Any]] = base.to_dict()
-    data["plan"]["tp"] = item.tp
-    data["run"]["timeline"] = str(directory / "timeline.toml")
-    data["sink"]["directory"] = str(directory)
-    if broken:
-        data["drill"] = {
-            "id": item.fault,
-            "victim_rank": item.victim_rank,
-            "at_chunk": item.at_chunk,
-            "without_guard": without_guard,
-            "differs": item.differs,
-        }
-    for dotted, value in item.config.items():
-        section, key = dotted.split(".", 1)
-        data[section][key] = value
-    if far:
-        data["liveness"] |= {"watchdog_s": FAR_S, "phase_budget_s": FAR_S}
-    (directory / "timeline.toml").write_text(TIMELINE, encoding="utf-8")
-    config = from_dict(data, item.id)
-    path = directory / "config.toml"
-    path.write_text(tomli_w.dumps(config.to_dict()), encoding="utf-8")
-    return path, config
 
 
 def envelope_of(results: list[Result], directory: Path, without_guard: bool) -> Envelope:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,14 @@ from tpctl.drill.table import Drill
 from tpctl.verdict import Finding, Verdict
 
 REFEREE_KILL = -9
+ENDED = "ended"  # the referee's word for: a rank ended itself, and wrote down why
 TOLD = frozenset({73, 74})  # these ranks died of another one's death
 BEREFT = frozenset({71, 72})  # and these too, where another one was killed
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a drill's job left: how it ended, reports, moments (monotonic ns), the referee's word if there is one."""
+    """What a drill's job left: how it ended, reports, moments (monotonic ns), the referee's record if there is one."""
 
     drill: Drill
     run_dir: Path
@@ -32,12 +34,25 @@ class Seen:
     failed_ns: Mapping[int, int]
     around: tuple[str, ...] = ()
     referee: Mapping[str, Any] | None = None
+    decided_ns: int | None = None
     clean: Path | None = None
 
     @property
+    def verdict(self) -> Mapping[str, Any]:
+        """The referee's verdict; empty if it gave none."""
+        return (self.referee or {}).get("verdict") or {}
+
+    @property
+    def proved(self) -> Mapping[str, Any]:
+        """The referee's verdict where it rests on more than a rank's own words; else empty."""
+        return self.verdict if self.verdict.get("kind") not in (None, ENDED) else {}
+
+    @property
     def first(self) -> int | None:
-        """The first rank to fail: by its report, or by its death where it could write none. Who was told is not it."""
+        """The first rank to fail: by the referee's proof, by its report, or by its death. Who was told is not it."""
         codes = self.ended.codes
+        if len(self.proved.get("triggers", ())) == 1:
+            return int(self.proved["triggers"][0])
         killed = {
             rank: self.ended.gone_ns[rank] for rank, code in codes.items() if code < 0 and rank not in self.ended.forced
         }
@@ -60,7 +75,9 @@ class Seen:
 
     @property
     def first_ms(self) -> float | None:
-        return self.after_ms(min(self.failed_ns.values(), default=None))
+        """To the first failure: a rank that ends itself, or the referee's verdict."""
+        moments = [*self.failed_ns.values(), *([self.decided_ns] if self.decided_ns is not None else [])]
+        return self.after_ms(min(moments, default=None))
 
     @property
     def gone_ms(self) -> float | None:
@@ -90,8 +107,9 @@ class Result:
             "exit_codes": {str(rank): code for rank, code in sorted(seen.ended.codes.items())},
             "first_rank": seen.first,
             "code": seen.error.get("code"),
-            "fm": seen.error.get("fm"),
-            "reason": seen.error.get("message"),
+            "fm": seen.proved.get("fm") or seen.error.get("fm"),
+            "reason": seen.proved.get("message") or seen.error.get("message"),
+            "referee": seen.verdict.get("kind"),
             "blame": self.facts.get("blame"),
             "first_failure_ms": seen.first_ms,
             "gone_ms": seen.gone_ms,
@@ -126,10 +144,11 @@ def observe(drill: Drill, run_dir: Path, ended: Ended, clean: Path | None) -> Se
     for rank in reports.keys() - failed.keys():
         if reports[rank].get("error") and rank in ended.gone_ns:
             failed[rank] = ended.gone_ns[rank]
-    referee = None
-    with contextlib.suppress(OSError, ValueError):
+    referee = decided = None
+    with contextlib.suppress(OSError, ValueError, KeyError):
         referee = json.loads((run_dir / "referee.json").read_text(encoding="utf-8"))
-    return Seen(drill, run_dir, ended, reports, injected, failed, tuple(around), referee, clean)
+        decided = int(referee["times"]["decided_unix"] * 1e9) - (time.time_ns() - time.monotonic_ns())
+    return Seen(drill, run_dir, ended, reports, injected, failed, tuple(around), referee, decided, clean)
 
 
 def judge(seen: Seen) -> Result:
@@ -138,14 +157,20 @@ def judge(seen: Seen) -> Result:
     findings = [_find("injected", seen.injected_ns is not None, "the fault was planted", None, None)]
     for rank, code in sorted(seen.ended.codes.items()):
         allowed = set(drill.victim if rank == drill.victim_rank else drill.others)
-        if seen.referee is not None:
+        if rank in (seen.referee or {}).get("killed", ()):
             allowed.add(REFEREE_KILL)
         findings.append(_find("exit code", code in allowed, f"rank {rank} ended with {code}", code, sorted(allowed)))
-    if drill.code:
-        named = error.get("code") in drill.code and (drill.fm is None or error.get("fm") in (drill.fm, None))
+    if drill.kind and seen.ended.referee is not None:
+        named = seen.verdict.get("kind") in drill.kind and seen.verdict.get("fm") == drill.fm
+        said = f"the referee: {seen.verdict.get('kind')} {seen.verdict.get('fm')}"
+        findings.append(_find("reason", named, said, seen.verdict.get("kind"), drill.kind))
+    elif drill.code:
+        named = error.get("code") in drill.code and (drill.fm is None or error.get("fm") == drill.fm)
         findings.append(_find("reason", named, f"{error.get('code')} {error.get('fm')}", error.get("code"), drill.code))
-    text = str(error.get("message"))
-    findings += [_find("words", word in text, f"the error names '{word}'", text, word) for word in drill.says]
+    text = str(seen.proved.get("message") or error.get("message"))
+    for said in drill.says:
+        word = said.format(victim=drill.victim_rank)
+        findings.append(_find("words", word in text, f"the error names '{word}'", text, word))
     right, blame = _blame(seen)
     findings.append(_find("blame", right, blame, None, drill.blame))
     if drill.blame == "drain":
@@ -215,12 +240,17 @@ def _blame(seen: Seen) -> tuple[bool, str]:
     if drill.blame == "receiver":
         right = first is not None and first != drill.victim_rank
         return right, f"rank {first} refused what rank {drill.victim_rank} sent"
+    if drill.blame == "rank" and seen.proved:
+        named = list(seen.proved.get("triggers", ()))
+        return named == [drill.victim_rank], f"{', '.join(f'rank {rank}' for rank in named) or 'no rank'}"
     if drill.blame == "rank":
         stopped = [rank for rank, why in seen.ended.forced.items() if why == "stopped"]
-        named = stopped[0] if stopped else first
-        return named == drill.victim_rank, f"rank {named}"
+        alone = stopped[0] if stopped else first
+        return alone == drill.victim_rank, f"rank {alone}"
     table: Mapping[str, Any] = evidence.get("by_rank") or next(iter((evidence.get("differences") or {}).values()), {})
     minority = [int(rank) for rank in evidence.get("minority") or ()]
+    if not minority and f"the odd one out is rank {drill.victim_rank}" in str(seen.error.get("message")):
+        minority = [drill.victim_rank]
     words = ", ".join(f"rank {rank}" for rank in table)
     if drill.tp > 2 or minority:
         return minority == [drill.victim_rank], f"odd one out: {minority} of {words}"

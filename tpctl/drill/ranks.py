@@ -19,15 +19,22 @@ from tpctl.errors import LaunchError
 from tpctl.launch.environment import rank_environment
 
 READY_S = 120.0
+# How long the kernel may take to bury what was killed, and the referee to see it.
+BURY_S = 10.0
+REFEREE = "referee"
 
 
 @dataclass
 class Ended:
-    """How a job of ranks ended. Times are monotonic nanoseconds; `forced` ranks did not end by themselves."""
+    """How a job of ranks ended. Times are monotonic nanoseconds; `forced` ranks did not end by themselves.
+
+    `referee` is the exit code of the referee: 1 if it gave a verdict, None if there was none.
+    """
 
     codes: dict[int, int] = field(default_factory=dict)
     gone_ns: dict[int, int] = field(default_factory=dict)
     forced: dict[int, str] = field(default_factory=dict)
+    referee: int | None = None
     timed_out: bool = False
     leftovers: tuple[str, ...] = ()
 
@@ -71,8 +78,10 @@ class Nursery:
         if self._process.stdout is not None:
             self._process.stdout.close()
 
-    def run(self, run_dir: Path, config: Path, tp: int, deadline_s: float, supervise_s: float) -> Ended:
-        """Start `tp` ranks; return when all are gone.
+    def run(
+        self, run_dir: Path, config: Path, tp: int, deadline_s: float, supervise_s: float, *, referee: bool
+    ) -> Ended:
+        """Start `tp` ranks, with a referee beside them or without; return when all are gone.
 
         Args:
             run_dir: gets `stderr<rank>.log`, and `ranks/` from the ranks themselves.
@@ -82,6 +91,10 @@ class Nursery:
         """
         ended = Ended()
         pids: dict[int, int] = {}
+        judging = False
+        if referee:
+            self._start_referee(run_dir, tp)
+            judging = True
         port = _free_port()
         before = set(os.listdir("/dev/shm"))
         for rank in range(tp):
@@ -101,28 +114,45 @@ class Nursery:
                 }
             )
         end = time.monotonic() + deadline_s
-        while len(ended.codes) < tp:
+        while len(ended.codes) < tp or judging:
             left = end - time.monotonic()
             if left <= 0 and not ended.timed_out:
                 ended.timed_out = True
                 for rank in pids.keys() - ended.codes.keys():
                     self._kill(ended, rank, pids[rank], "alive at the deadline")
-                end = time.monotonic() + 10.0
+                end = time.monotonic() + BURY_S
             elif left <= 0:
                 break
             for event in self._events(min(0.1, max(0.0, left))):
-                if event["event"] == "started":
+                if event["rank"] == REFEREE:
+                    judging = event["event"] == "started"
+                    ended.referee = event.get("code")
+                elif event["event"] == "started":
                     pids[event["rank"]] = event["pid"]
                 elif event["event"] == "ended":
                     ended.codes[event["rank"]] = event["code"]
                     ended.gone_ns[event["rank"]] = event["t_ns"]
-            self._supervise(ended, pids, supervise_s)
+            if not referee:
+                self._supervise(ended, pids, supervise_s)
         leftovers = [f"rank {rank}: pid {pids[rank]}" for rank in pids.keys() - ended.codes.keys()]
+        leftovers += ["the referee"] if judging else []
         leftovers += [f"shared memory {name}" for name in set(os.listdir("/dev/shm")) - before if "torch" in name]
         if _listening(port):
             leftovers.append(f"port {port} still listens")
         ended.leftovers = tuple(leftovers)
         return ended
+
+    def _start_referee(self, run_dir: Path, tp: int) -> None:
+        (run_dir / "ranks").mkdir(mode=0o700, exist_ok=True)
+        ranks = ",".join(map(str, range(tp)))
+        self._ask(
+            {
+                "rank": REFEREE,
+                "argv": ["--run-dir", str(run_dir), "--ranks", ranks],
+                "environ": rank_environment(),
+                "stderr": str(run_dir / "referee.log"),
+            }
+        )
 
     def _supervise(self, ended: Ended, pids: Mapping[int, int], supervise_s: float) -> None:
         """A stopped rank cannot end itself: once a peer has failed, it is this supervisor's to end."""

@@ -5,16 +5,21 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from typing import Any
 
 from tpctl.errors import MatrixError
 
+TP_EVERYWHERE = 4
+
 
 @dataclass(frozen=True)
 class Drill:
-    """One row of `tpctl/matrix/drills.toml`, defaults filled in. `fault` is the id that `engine.faults` knows."""
+    """One row of `tpctl/matrix/drills.toml`, defaults filled in. `fault` is the id that `engine.faults` knows.
+
+    `kind` is the referee's verdict, where it is the referee that finds the fault; `referee` is whether there is one.
+    """
 
     id: str
     title: str
@@ -30,6 +35,9 @@ class Drill:
     within_ms: float
     gone_ms: float
     fm: str | None = None
+    kind: tuple[str, ...] = ()
+    referee: bool = True
+    everywhere: bool = False
     says: tuple[str, ...] = ()
     drift: bool = False
     differs: str = ""
@@ -57,7 +65,20 @@ def load() -> tuple[Drill, ...]:
         merged["fault"] = merged.get("fault") or row["id"]
         if unknown := sorted(merged.keys() - known):
             raise MatrixError(f"drill {row['id']}: unknown key '{unknown[0]}'", code="TP-7309")
-        drills.append(Drill(**{key: _frozen(value) for key, value in merged.items()}))
+        drill = Drill(**{key: _frozen(value) for key, value in merged.items()})
+        drills.append(drill)
+        if drill.everywhere:
+            places = {"first": 0, "middle": TP_EVERYWHERE // 2, "last": TP_EVERYWHERE - 1}
+            drills += [
+                replace(
+                    drill,
+                    id=f"{drill.id}.{place}",
+                    title=f"{drill.title}; {place} of {TP_EVERYWHERE}",
+                    tp=TP_EVERYWHERE,
+                    victim_rank=rank,
+                )
+                for place, rank in places.items()
+            ]
     return tuple(drills)
 
 
