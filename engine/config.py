@@ -143,12 +143,16 @@ class TripwireConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What to make: `chunks` chunks from `timeline` (a file) or `prompt`."""
+    """What to make: `chunks` chunks from `timeline` (a file) or `prompt`.
+
+    `record_frames` keeps each chunk's frame, and samples of every rank's cache, for `tpctl kv-audit --deep`.
+    """
 
     chunks: int = 4
     prompt: str = "a small boat on a calm lake at sunrise"
     timeline: str = ""
     record_latents: bool = False
+    record_frames: bool = False
 
 
 @dataclass(frozen=True)

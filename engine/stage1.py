@@ -12,6 +12,7 @@ from engine.blackbox import BlackBox
 from engine.comm.group import Group, Phase
 from engine.config import EngineConfig
 from engine.errors import CallCountError, TripwireError
+from engine.evidence import Evidence
 from engine.model.dit import DiT
 from engine.model.kv_cache import CrossAttnCache, KVCache
 from engine.model.scheduler import FlowMatchScheduler
@@ -49,6 +50,7 @@ class Stage1:
         self.config = config
         self.scheduler = FlowMatchScheduler(config.schedule.shift)
         self.guard = tripwires.ShardGuard(dict(dit.named_parameters()))
+        self.evidence: Evidence | None = None
         self._blackbox = blackbox
         self._next_start_frame = 0
         self._calls = 0
@@ -70,6 +72,8 @@ class Stage1:
         gate.phase, gate.ids = Phase.B, plan.ids(call_id)
         self._blackbox.commit("enter B", self.mesh.name, gate.ids)
         started = time.perf_counter()
+        if self.evidence is not None:
+            self.evidence.begin(envelope, call_id)
         plan.check(call_id)
         self._check_progress(plan)
         input_digest = self._agree_on_inputs(envelope)
@@ -80,6 +84,8 @@ class Stage1:
         if plan.do_kv_recompute:
             self._recompute(envelope)
         latents_BFCHW = self._denoise(envelope, start_frame)
+        if self.evidence is not None:
+            self.evidence.end()
         output_digest = self._agree_on_results(plan, latents_BFCHW)
         self._next_start_frame = plan.current_start_frame + self.config.geometry.frames_per_chunk
         gate.phase = Phase.LINK
@@ -242,6 +248,8 @@ class Stage1:
             bias=bias,
             recompute=recompute,
         )
+        if self.evidence is not None:
+            self.evidence.call(self.kv, self.cross)
         self._finite.append(torch.isfinite(flow_BFCHW).all())  # read once a chunk: a device is not waited for here
         return flow_BFCHW
 

@@ -33,6 +33,7 @@ from engine.comm.topology import (
 from engine.comm.transport import BroadcastLink
 from engine.config import EngineConfig, RankEnv
 from engine.errors import CommError, EngineError
+from engine.evidence import Evidence
 from engine.follower import follow
 from engine.lifecycle import RankExit, RankState
 from engine.model.attention import resolve_backend
@@ -95,7 +96,11 @@ class Worker:
         with self.context.watchdog.budget("the warm-up", live.warmup_budget_s, RankExit.PHASE_BUDGET):
             report.generator["collectives_per_call"] = stage1.warm_up()
         groups.gate.phase = Phase.LINK
-        self.context.open_records(meeting.name_job())
+        job = meeting.name_job()
+        self.context.open_records(job)
+        if self.config.run.record_frames:
+            warn = self.context.warn
+            stage1.evidence = Evidence.of_rank(self.run_dir, job, self.config, groups.mesh, self.device, warn)
         report.times["ready_s"] = age_s()
         report.memory["rss_ready_bytes"] = rss_bytes()
         report.move(RankState.RUNNING)

@@ -95,6 +95,16 @@ class KVCache:
         return self._k_NBTHd.nbytes + self._v_NBTHd.nbytes
 
     @property
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [N, B, T, H, d], all slots, live or not. For auditors: they look, and write nothing."""
+        return self._k_NBTHd, self._v_NBTHd
+
+    @property
+    def last(self) -> Span | None:
+        """The last call's span; None after a reset."""
+        return self._last
+
+    @property
     def end_frame(self) -> int:
         """Frames appended since the last reset or recompute."""
         return self.global_end_index[-1] // self.tokens_per_frame
