@@ -484,7 +484,7 @@ def blind_tripwires(*checks: str) -> None:
 
 def _no_sender_checks(rank: int) -> None:
     if rank == 0:
-        blind(framing, "find_problem", "tp_meta_problem", "tensors_problem")
+        blind(framing, "find_problem", "meta_problem", "tensors_problem")
 
 
 def _no_plan_check(rank: int) -> None:

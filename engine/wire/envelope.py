@@ -1,9 +1,9 @@
-"""One chunk in memory, its two wire schemas, and which plan carries what (contract, section 7).
+"""One chunk in memory, which plan carries what of it, and the schema of both its wires (contract, section 7).
 
 B batch (1), F frames a chunk, K context frames, C latent channels, h w latent height and width, L text length,
 D text width, n denoise steps.
 
-In memory a tensor has one name; `META_NAMES` and `TENSOR_NAMES` give the names on the TP and on the pp wire.
+In memory a value has one name; `engine.wire.dialect` gives its names on the TP and on the pp wire.
 """
 
 from __future__ import annotations
@@ -16,21 +16,14 @@ from typing import TYPE_CHECKING, Any
 from engine.config import VAE_SPATIAL, EngineConfig
 from engine.errors import CallCountError
 from engine.plan import PP0, PP1, V0, V1, V11A, V11B, ChunkPlan
+from engine.wire.dialect import CONDITIONING, CONTEXT, LATENTS, RENOISE, STEPS, Dialect
 from engine.wire.problem import Problem
 from engine.wire.specs import ITEM_BYTES, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TP_ENVELOPE_VERSION = 1
-PP_ENVELOPE_VERSION = 1
 MAX_STEPS = 1000  # the schedule has a thousand values
-
-LATENTS = "latents"
-RENOISE = "renoise"
-CONDITIONING = "conditioning_embeds"
-STEPS = "denoising_step_list"
-CONTEXT = "context_frames"
 
 # Which tensors a plan carries. Nothing else may be there, and nothing of it may be missing.
 CARRIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -48,45 +41,6 @@ CARRIES_PROMPT = frozenset({V0})
 CARRIES_ANCHOR_ONLY = frozenset({V11B})
 
 
-@dataclass(frozen=True)
-class Name:
-    """One value of the plan: its `ChunkPlan` attribute, its names on both wires, its type in JSON."""
-
-    attribute: str
-    tp: str
-    pp: str
-    kind: str
-
-
-META_NAMES = (
-    Name("height", "height", "height", "int"),
-    Name("width", "width", "width", "int"),
-    Name("current_start_frame", "current_start_frame", "current_start_frame", "int"),
-    Name("init_cache", "init_cache", "init_cache", "bool"),
-    Name("reset_kv_cache", "tp_reset_kv_cache", "reset_kv_cache", "bool"),
-    Name("reset_crossattn_cache", "tp_reset_crossattn_cache", "reset_crossattn_cache", "bool"),
-    Name("conditioning_embeds_updated", "conditioning_embeds_updated", "conditioning_embeds_updated", "bool"),
-    Name("kv_cache_attention_bias", "kv_cache_attention_bias", "kv_cache_attention_bias", "number"),
-    Name("do_kv_recompute", "tp_do_kv_recompute", "do_kv_recompute", "bool"),
-    Name("num_denoise_steps", "tp_num_denoise_steps", "num_denoise_steps", "int"),
-    Name("expected_calls", "tp_expected_generator_calls", "expected_generator_calls", "int"),
-    Name("base_seed", "base_seed", "base_seed", "int"),
-    Name("noise_scale", "noise_scale", "noise_scale", "null"),
-    Name("clean_pass", "tp_clean_pass", "clean_pass", "bool"),
-)
-TENSOR_NAMES: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        LATENTS: (LATENTS, "latents_in"),
-        RENOISE: (RENOISE, RENOISE),
-        CONDITIONING: (CONDITIONING, CONDITIONING),
-        STEPS: (STEPS, "current_denoising_step_list"),
-        CONTEXT: ("context_frames_override", CONTEXT),
-    }
-)
-TP_TENSOR = MappingProxyType({memory: tp for memory, (tp, _) in TENSOR_NAMES.items()})
-MEMORY_TENSOR = MappingProxyType({tp: memory for memory, tp in TP_TENSOR.items()})
-NULLABLE = TP_TENSOR[CONTEXT]
-
 _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = MappingProxyType(
     {
         "int": ((int,), "a whole number"),
@@ -96,7 +50,6 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = MappingProxyType(
         "text": ((str,), "text"),
     }
 )
-_PP_ONLY = "pp_disable_vace"
 
 
 @dataclass(frozen=True)
@@ -142,6 +95,10 @@ class Shapes:
             dtype=config.model.dtype,
         )
 
+    def latents(self) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of a chunk's latents, in and out."""
+        return (1, self.frames_per_chunk, self.channels, self.latent_h, self.latent_w), self.dtype
+
     def expected(
         self, tp_plan: str, *, num_steps: int, do_kv_recompute: bool, current_start_frame: int
     ) -> dict[str, tuple[tuple[int, ...], str] | None]:
@@ -151,82 +108,91 @@ class Shapes:
         known: dict[str, tuple[tuple[int, ...], str] | None] = {
             STEPS: ((num_steps,), "int64"),
             CONDITIONING: ((1, self.text_len, self.text_dim), self.dtype),
-            LATENTS: ((1, self.frames_per_chunk, *frame), self.dtype),
+            LATENTS: self.latents(),
             RENOISE: ((num_steps - 1, 1, self.frames_per_chunk, *frame), self.dtype),
             CONTEXT: ((1, context, *frame), self.dtype) if do_kv_recompute else None,
         }
         return {name: known[name] for name in CARRIES[tp_plan] if name != RENOISE or num_steps > 1}
 
 
-def tp_meta(envelope: Envelope) -> dict[str, Any]:
-    """The TP envelope v1 as plain data, tensors aside. `chunk_index` and the epochs travel in the header."""
-    meta = {name.tp: getattr(envelope.plan, name.attribute) for name in META_NAMES}
-    meta["tp_plan"] = envelope.tp_plan
-    meta["tp_envelope_version"] = TP_ENVELOPE_VERSION
+def envelope_meta(envelope: Envelope, wire: Dialect) -> dict[str, Any]:
+    """The envelope as plain data, tensors aside. `chunk_index` and the epochs travel in the header."""
+    meta: dict[str, Any] = {key: getattr(envelope.plan, attribute) for attribute, key in wire.meta.items()}
+    meta[wire.version_key] = wire.version
+    meta |= wire.constants
+    if wire.plan_key is not None:
+        meta[wire.plan_key] = envelope.tp_plan
     if envelope.prompt is not None:
         meta["prompt"] = envelope.prompt
     if envelope.tensors.get(CONTEXT, ...) is None:
-        meta[NULLABLE] = None
+        meta[wire.nullable] = None
     return meta
 
 
-def tp_from_meta(
+def envelope_from_meta(
     meta: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
+    wire: Dialect,
+    tp_plan: str,
     *,
     chunk_index: int = -1,
     cache_epoch: int = 0,
     control_epoch: int = 0,
 ) -> Envelope:
-    """The inverse of `tp_meta`, for a meta that passed `tp_meta_problem`.
+    """The inverse of `envelope_meta`, for a meta that passed `meta_problem`.
 
     Args:
-        meta: the envelope part of the meta, by TP names.
-        tensors: by TP names. The step list of the plan is read from its tensor, never from elsewhere.
+        meta: the envelope part of the meta, by the wire's names.
+        tensors: by the wire's names. The step list of the plan is read from its tensor, never from elsewhere.
+        wire: whose names these are.
+        tp_plan: the plan in force.
         chunk_index, cache_epoch, control_epoch: from the header.
     """
-    held: dict[str, Tensor | None] = {MEMORY_TENSOR[name]: tensor for name, tensor in tensors.items()}
-    if NULLABLE in meta:
+    memory = {key: name for name, key in wire.tensor.items()}
+    held: dict[str, Tensor | None] = {memory[key]: tensor for key, tensor in tensors.items()}
+    if wire.nullable in meta:
         held[CONTEXT] = None
     plan = ChunkPlan(
         chunk_index=chunk_index,
         cache_epoch=cache_epoch,
         control_epoch=control_epoch,
-        denoising_step_list=tuple(tensors[TP_TENSOR[STEPS]].tolist()),
-        **{name.attribute: meta[name.tp] for name in META_NAMES},
+        denoising_step_list=tuple(tensors[wire.tensor[STEPS]].tolist()),
+        **{attribute: meta[key] for attribute, key in wire.meta.items()},
     )
-    return Envelope(meta["tp_plan"], plan, meta.get("prompt"), MappingProxyType(held))
+    return Envelope(tp_plan, plan, meta.get("prompt"), MappingProxyType(held))
 
 
-def tp_meta_problem(meta: Mapping[str, Any], tp_plan: str, shapes: Shapes) -> Problem | None:
-    """Keys, types and ranges of a TP envelope v1 against the plan in force; nothing is inferred."""
-    if meta.get("tp_plan") != tp_plan or tp_plan not in CARRIES:
-        return Problem(
-            "tp_plan", f"the envelope says {meta.get('tp_plan')!r}, this rank runs {tp_plan!r}", "21", "FM-01"
-        )
-    if type(meta.get("tp_envelope_version")) is not int or meta["tp_envelope_version"] != TP_ENVELOPE_VERSION:
-        return Problem(
-            "tp_envelope_version", f"{meta.get('tp_envelope_version')!r}; this build speaks {TP_ENVELOPE_VERSION}", "11"
-        )
-    kinds = {name.tp: name.kind for name in META_NAMES}
-    if meta.get("noise_scale") is not None:
+def meta_problem(meta: Mapping[str, Any], tp_plan: str, shapes: Shapes, wire: Dialect) -> Problem | None:
+    """Keys, types and ranges of an envelope against the plan in force; nothing is inferred."""
+    said = meta.get(wire.plan_key) if wire.plan_key is not None else tp_plan
+    if said != tp_plan or tp_plan not in CARRIES:
+        return Problem("tp_plan", f"the envelope says {said!r}, this rank runs {tp_plan!r}", "21", "FM-01")
+    version = meta.get(wire.version_key)
+    if type(version) is not int or version != wire.version:
+        return Problem(wire.version_key, f"{version!r}; this build speaks {wire.version}", "11")
+    for key, value in wire.constants.items():
+        if meta.get(key) is not value:
+            return Problem(key, f"must be {str(value).lower()}, is {meta.get(key, 'missing')!r}", "31")
+    if meta.get(wire.meta["noise_scale"]) is not None:
         return Problem("noise_scale", "video-to-video is not supported, so it must be null", "30")
+    kinds = dict(wire.kinds)
     if tp_plan in CARRIES_PROMPT:
         kinds["prompt"] = "text"
-    if CONTEXT in CARRIES[tp_plan] and meta.get("tp_do_kv_recompute") is False:
-        kinds[NULLABLE] = "null"
+    recompute = wire.meta["do_kv_recompute"]
+    if CONTEXT in CARRIES[tp_plan] and meta.get(recompute) is False:
+        kinds[wire.nullable] = "null"
     for key, kind in kinds.items():
         if key not in meta:
-            if key == NULLABLE:
+            if key == wire.nullable:
                 return Problem(key, "must be an explicit null, since recompute is not planned", "16", "FM-06")
             return Problem(key, f"missing under {tp_plan}", "16", "FM-06")
         types, wanted = _KINDS[kind]
         if type(meta[key]) not in types:
             return Problem(key, f"must be {wanted}, is {meta[key]!r}", "22")
-    extra = sorted(meta.keys() - kinds.keys() - {"tp_plan", "tp_envelope_version"})
+    extra = sorted(meta.keys() - kinds.keys() - wire.constants.keys() - {wire.plan_key, wire.version_key})
     if extra:
-        if extra == [NULLABLE] and CONTEXT in CARRIES[tp_plan]:
-            return Problem(NULLABLE, "null, but recompute is planned", "16", "FM-06")
+        if extra == [wire.nullable] and CONTEXT in CARRIES[tp_plan]:
+            return Problem(wire.nullable, "null, but recompute is planned", "16", "FM-06")
         return Problem(extra[0], f"not expected under {tp_plan}", "17")
     for key, wanted_size in (("height", shapes.latent_h * VAE_SPATIAL), ("width", shapes.latent_w * VAE_SPATIAL)):
         if meta[key] != wanted_size:
@@ -236,45 +202,56 @@ def tp_meta_problem(meta: Mapping[str, Any], tp_plan: str, shapes: Shapes) -> Pr
     return None
 
 
-def specs_problem(meta: Mapping[str, Any], specs: Sequence[TensorSpec], shapes: Shapes) -> Problem | None:
-    """Specs against the schema, before anything is allocated. `meta` passed `tp_meta_problem`.
+def specs_problem(
+    meta: Mapping[str, Any], specs: Sequence[TensorSpec], tp_plan: str, shapes: Shapes, wire: Dialect
+) -> Problem | None:
+    """Specs against the schema, before anything is allocated. `meta` passed `meta_problem`.
 
     Raises:
         CallCountError: the step list's length is not the number of steps (FM-02).
     """
-    steps = meta["tp_num_denoise_steps"]
+    steps_key = wire.meta["num_denoise_steps"]
+    steps = meta[steps_key]
     if not 1 <= steps <= MAX_STEPS:
-        return Problem("tp_num_denoise_steps", f"{steps} is outside 1..{MAX_STEPS}", "22")
-    tp_plan = meta["tp_plan"]
+        return Problem(steps_key, f"{steps} is outside 1..{MAX_STEPS}", "22")
     wanted = shapes.expected(
         tp_plan,
         num_steps=steps,
-        do_kv_recompute=meta["tp_do_kv_recompute"],
+        do_kv_recompute=meta[wire.meta["do_kv_recompute"]],
         current_start_frame=meta["current_start_frame"],
     )
     found = {(spec.key, spec.index): spec for spec in specs}
-    step_list = found.get((TP_TENSOR[STEPS], 0))
+    step_list = found.get((wire.tensor[STEPS], 0))
     if step_list is not None and step_list.shape != (steps,):
         raise CallCountError(
-            f"tp_num_denoise_steps is {steps}, but denoising_step_list has the shape {list(step_list.shape)}",
+            f"{steps_key} is {steps}, but {step_list.key} has the shape {list(step_list.shape)}",
             code="TP-6102",
             evidence={"num_denoise_steps": steps, "shape": step_list.shape},
         )
     for name, shape_dtype in wanted.items():
-        key = TP_TENSOR[name]
+        key = wire.tensor[name]
         spec = found.pop((key, 0), None)
         if shape_dtype is None:
             if spec is not None:
                 return Problem(key, "carried, but recompute is not planned", "17", "FM-01")
         elif spec is None:
             return Problem(key, f"missing under {tp_plan}", "16", "FM-06")
-        elif spec.shape != shape_dtype[0]:
-            return Problem(key, f"shape {list(spec.shape)}, expected {list(shape_dtype[0])}", "18")
-        elif spec.dtype != shape_dtype[1]:
-            return Problem(key, f"dtype {spec.dtype}, expected {shape_dtype[1]}", "19", "FM-07")
+        else:
+            problem = spec_problem(spec, *shape_dtype)
+            if problem is not None:
+                return problem
     if found:
         key, index = min(found)
         return Problem(key, f"tensor {index} is not expected under {tp_plan}", "17")
+    return None
+
+
+def spec_problem(spec: TensorSpec, shape: tuple[int, ...], dtype: str) -> Problem | None:
+    """One spec against what its tensor must be."""
+    if spec.shape != shape:
+        return Problem(spec.key, f"shape {list(spec.shape)}, expected {list(shape)}", "18")
+    if spec.dtype != dtype:
+        return Problem(spec.key, f"dtype {spec.dtype}, expected {dtype}", "19", "FM-07")
     return None
 
 
@@ -298,7 +275,7 @@ def tensors_problem(envelope: Envelope, shapes: Shapes, device: str) -> Problem 
             if tensor is not None:
                 return Problem(name, "carried, but recompute is not planned", "17", "FM-01")
             continue
-        problem = _tensor_problem(name, tensor, shape_dtype, device)
+        problem = tensor_problem(name, tensor, shape_dtype, device)
         if problem is not None:
             return problem
     held = tensors[STEPS]
@@ -309,7 +286,8 @@ def tensors_problem(envelope: Envelope, shapes: Shapes, device: str) -> Problem 
     return None
 
 
-def _tensor_problem(name: str, tensor: Any, wanted: tuple[tuple[int, ...], str], device: str) -> Problem | None:
+def tensor_problem(name: str, tensor: Any, wanted: tuple[tuple[int, ...], str], device: str) -> Problem | None:
+    """One tensor in memory against the shape and dtype that it must have, and where its bytes must be."""
     import torch
 
     shape, dtype = wanted
@@ -327,13 +305,3 @@ def _tensor_problem(name: str, tensor: Any, wanted: tuple[tuple[int, ...], str],
     if tensor.device.type == "meta" or str(tensor.device) != device:
         return Problem(name, f"on {tensor.device}, but the buffer is on {device}", "20")
     return None
-
-
-def pp_meta(envelope: Envelope) -> dict[str, Any]:
-    """The pp envelope v1 as plain data, tensors aside."""
-    meta = {name.pp: getattr(envelope.plan, name.attribute) for name in META_NAMES}
-    meta["pp_envelope_version"] = PP_ENVELOPE_VERSION
-    meta[_PP_ONLY] = True
-    if envelope.tensors.get(CONTEXT, ...) is None:
-        meta[TENSOR_NAMES[CONTEXT][1]] = None
-    return meta

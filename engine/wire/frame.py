@@ -9,37 +9,50 @@ A transport takes a `PreparedFrame` only, and only this module can make one: wha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.errors import CallCountError, PreflightError
+from engine.wire.dialect import TP, Dialect
 from engine.wire.envelope import (
     CARRIES,
-    TP_TENSOR,
     Envelope,
     Shapes,
+    envelope_from_meta,
+    envelope_meta,
+    meta_problem,
     specs_problem,
     tensors_problem,
-    tp_from_meta,
-    tp_meta,
-    tp_meta_problem,
 )
 from engine.wire.header import Action, Header, Limits, LinkState, Schema, size_problem
 from engine.wire.meta import encode_meta, encode_plain, error_meta_problem, find_problem, parse_meta
 from engine.wire.problem import Problem
+from engine.wire.result import (
+    LATENTS_OUT,
+    PP_RESULT_VERSION,
+    Result,
+    latents_problem,
+    result_from_meta,
+    result_meta,
+    result_meta_problem,
+    result_specs_problem,
+)
 from engine.wire.specs import ALIGNMENT, ITEM_BYTES, TensorSpec, layout, read_specs
 
 __all__ = [
     "PayloadBuffer",
     "PreparedFrame",
+    "check_result",
     "check_specs",
     "parse_meta",
     "prepare",
     "prepare_control",
+    "prepare_result",
     "rebuild",
+    "rebuild_result",
     "tensor_specs",
 ]
 
@@ -118,6 +131,7 @@ def prepare(
     shapes: Shapes,
     limits: Limits,
     buffer: PayloadBuffer,
+    wire: Dialect = TP,
 ) -> PreparedFrame:
     """Check one INFER envelope to the end, and pack it. Whatever can fail fails here, before a byte is sent.
 
@@ -128,44 +142,107 @@ def prepare(
         shapes: sizes agreed at start-up.
         limits: bounds of the frame.
         buffer: where the payload is written; its device is the device of every tensor.
+        wire: whose names and schema.
 
     Raises:
         PreflightError: any problem, named by key path or tensor.
         CallCountError: the plan's steps and calls disagree (FM-02).
     """
     plan = envelope.plan
-    body = tp_meta(envelope)
+    body = envelope_meta(envelope, wire)
     problem = _identity_problem(envelope, call_id) or find_problem(body, "envelope")
     if problem is not None:
         raise problem.preflight()
     ids = plan.ids(call_id)
-    problem = tp_meta_problem(body, envelope.tp_plan, shapes)
+    problem = meta_problem(body, envelope.tp_plan, shapes, wire)
     # The plan goes before the tensors, since their shapes follow from it.
     if problem is None:
         plan.check(call_id)
         problem = tensors_problem(envelope, shapes, str(buffer.device))
     if problem is not None:
         raise problem.preflight(ids)
-    sources = sorted((TP_TENSOR[name], tensor) for name, tensor in envelope.tensors.items() if tensor is not None)
-    specs = [TensorSpec(key, 0, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in sources]
-    offsets, payload_bytes = layout(specs)
-    meta = encode_plain({"envelope": body, "tensor_specs": [spec.to_row() for spec in specs]})
+    tensors = {wire.tensor[name]: tensor for name, tensor in envelope.tensors.items() if tensor is not None}
     header = Header(
         action=Action.INFER,
         call_id=call_id,
         chunk_index=plan.chunk_index,
         cache_epoch=plan.cache_epoch,
         control_epoch=plan.control_epoch,
-        schema=Schema.TP_ENVELOPE,
-        schema_version=1,
-        meta_bytes=len(meta),
-        tensor_count=len(specs),
-        payload_bytes=payload_bytes,
+        schema=wire.schema,
+        schema_version=wire.version,
+        meta_bytes=0,
+        tensor_count=0,
+        payload_bytes=0,
         meta_checksum=0,
     )
-    problem = link.problem(header) or link.cut_problem(header, plan.init_cache) or size_problem(header, limits)
+    problem = link.problem(header) or link.cut_problem(header, plan.init_cache)
     if problem is not None:
         raise problem.preflight(ids)
+    return _pack(header, "envelope", body, tensors, limits, buffer)
+
+
+@torch.no_grad()
+def prepare_result(
+    result: Result, *, link: LinkState, shapes: Shapes, limits: Limits, buffer: PayloadBuffer
+) -> PreparedFrame:
+    """Check one RESULT to the end, and pack it. It answers the envelope whose ids it carries.
+
+    An error result has no tensors and must always be possible: whatever its ids are, they are those of an answer.
+
+    Raises:
+        PreflightError: any problem, named by key or tensor.
+    """
+    ids = result.ids()
+    body = result_meta(result)
+    problem = find_problem(body, "result") or result_meta_problem(body)
+    if problem is None:
+        problem = latents_problem(result, shapes, str(buffer.device))
+    if problem is not None:
+        raise problem.preflight(ids)
+    header = Header(
+        action=Action.RESULT,
+        call_id=result.call_id,
+        chunk_index=result.chunk_index,
+        cache_epoch=result.cache_epoch,
+        control_epoch=result.control_epoch,
+        schema=Schema.PP_RESULT,
+        schema_version=PP_RESULT_VERSION,
+        meta_bytes=0,
+        tensor_count=0,
+        payload_bytes=0,
+        meta_checksum=0,
+    )
+    problem = link.problem(header) if result.ok else None
+    if problem is not None:
+        raise problem.preflight(ids)
+    tensors = {LATENTS_OUT: result.latents_out_BFCHW} if result.latents_out_BFCHW is not None else {}
+    return _pack(header, "result", body, tensors, limits, buffer)
+
+
+def _pack(
+    header: Header,
+    part: str,
+    body: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    limits: Limits,
+    buffer: PayloadBuffer,
+) -> PreparedFrame:
+    """Meta, specs and payload of checked parts; `header` holds the ids, its sizes are filled in here.
+
+    Raises:
+        PreflightError: the sizes are beyond the limits.
+    """
+    sources = sorted(tensors.items())
+    specs = [TensorSpec(key, 0, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in sources]
+    offsets, payload_bytes = layout(specs)
+    meta = encode_plain({part: body, "tensor_specs": [spec.to_row() for spec in specs]})
+    header = replace(header, meta_bytes=len(meta), tensor_count=len(specs), payload_bytes=payload_bytes)
+    problem = size_problem(header, limits)
+    if problem is not None:
+        raise problem.preflight(header.ids())
+    header = header.seal(meta)
+    if not specs:
+        return PreparedFrame(header, header.pack(), meta, None, token=_TOKEN)
     payload = buffer.view(payload_bytes)
     for (_, tensor), spec, offset in zip(sources, specs, offsets, strict=True):
         end = offset + spec.nbytes
@@ -176,7 +253,6 @@ def prepare(
             place.view(spec.shape).copy_(tensor)
         if end % ALIGNMENT:
             payload[end : end + -end % ALIGNMENT].zero_()
-    header = header.seal(meta)
     return PreparedFrame(header, header.pack(), meta, payload, buffer, buffer.generation, _TOKEN)
 
 
@@ -244,7 +320,13 @@ def tensor_specs(meta: Mapping[str, Any], header: Header | None = None) -> list[
 
 
 def check_specs(
-    header: Header, meta: Mapping[str, Any], *, shapes: Shapes, tp_plan: str, link: LinkState | None = None
+    header: Header,
+    meta: Mapping[str, Any],
+    *,
+    shapes: Shapes,
+    tp_plan: str,
+    link: LinkState | None = None,
+    wire: Dialect = TP,
 ) -> list[TensorSpec]:
     """Meta and specs against the schema. A transport calls it before it makes room for the payload.
 
@@ -254,6 +336,7 @@ def check_specs(
         shapes: sizes agreed at start-up.
         tp_plan: the plan this rank runs; the envelope must say the same.
         link: when given, not yet advanced: the epoch is held against `init_cache`.
+        wire: whose names and schema.
 
     Raises:
         FrameError: the first thing wrong, by name.
@@ -263,13 +346,13 @@ def check_specs(
     if set(meta) != {"envelope", "tensor_specs"} or type(meta["envelope"]) is not dict:
         raise Problem("meta", "INFER carries an envelope and tensor_specs, and nothing else", "22").refusal(ids)
     body = meta["envelope"]
-    problem = tp_meta_problem(body, tp_plan, shapes)
+    problem = meta_problem(body, tp_plan, shapes, wire)
     if problem is None and link is not None:
         problem = link.cut_problem(header, body["init_cache"])
     if problem is not None:
         raise problem.refusal(ids)
     specs = tensor_specs(meta, header)
-    problem = specs_problem(body, specs, shapes)
+    problem = specs_problem(body, specs, tp_plan, shapes, wire)
     if problem is not None:
         raise problem.refusal(ids)
     return specs
@@ -284,12 +367,13 @@ def rebuild(
     tp_plan: str,
     link: LinkState | None = None,
     specs: Sequence[TensorSpec] | None = None,
+    wire: Dialect = TP,
 ) -> Envelope:
     """The envelope of a received frame; its tensors are views of `payload`, so they live as long as its bytes do.
 
     Args:
         payload: uint8 [payload_bytes], at a multiple of 16 bytes in its storage.
-        header, meta, shapes, tp_plan, link: as for `check_specs`.
+        header, meta, shapes, tp_plan, link, wire: as for `check_specs`.
         specs: what `check_specs` returned for this very header and meta, to save doing it again.
 
     Raises:
@@ -298,14 +382,16 @@ def rebuild(
     """
     ids = header.ids()
     if specs is None:
-        specs = check_specs(header, meta, shapes=shapes, tp_plan=tp_plan, link=link)
+        specs = check_specs(header, meta, shapes=shapes, tp_plan=tp_plan, link=link, wire=wire)
     problem = _payload_problem(payload, header)
     if problem is not None or payload is None:
         raise (problem or Problem("payload", "missing", "25")).refusal(ids)
     tensors = _views(payload, specs)
-    envelope = tp_from_meta(
+    envelope = envelope_from_meta(
         meta["envelope"],
         tensors,
+        wire,
+        tp_plan,
         chunk_index=header.chunk_index,
         cache_epoch=header.cache_epoch,
         control_epoch=header.control_epoch,
@@ -320,6 +406,42 @@ def rebuild(
     if problem is not None:
         raise problem.refusal(ids)
     return envelope
+
+
+def check_result(header: Header, meta: Mapping[str, Any], *, shapes: Shapes) -> list[TensorSpec]:
+    """Meta and specs of a RESULT against the schema, before room is made for its payload.
+
+    Raises:
+        FrameError: the first thing wrong, by name.
+    """
+    ids = header.ids()
+    if set(meta) != {"result", "tensor_specs"} or type(meta["result"]) is not dict:
+        raise Problem("meta", "RESULT carries a result and tensor_specs, and nothing else", "22").refusal(ids)
+    problem = result_meta_problem(meta["result"])
+    if problem is not None:
+        raise problem.refusal(ids)
+    specs = tensor_specs(meta, header)
+    problem = result_specs_problem(meta["result"], specs, shapes)
+    if problem is not None:
+        raise problem.refusal(ids)
+    return specs
+
+
+def rebuild_result(
+    header: Header, meta: Mapping[str, Any], payload: Tensor | None, *, shapes: Shapes, specs: Sequence[TensorSpec]
+) -> Result:
+    """The result of a received frame; its latents are a view of `payload`. `specs` is what `check_result` returned.
+
+    Raises:
+        FrameError: the payload is not what was announced.
+    """
+    latents_BFCHW = None
+    if specs:
+        problem = _payload_problem(payload, header)
+        if problem is not None or payload is None:
+            raise (problem or Problem("payload", "missing", "25")).refusal(header.ids())
+        latents_BFCHW = _views(payload, specs)[LATENTS_OUT]
+    return result_from_meta(meta["result"], latents_BFCHW, header)
 
 
 def _views(payload: Tensor, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:

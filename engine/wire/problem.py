@@ -7,7 +7,7 @@ found by the receiver is a `FrameError` TP-22nn.
     08 cache_epoch     09 control_epoch  10 schema         11 schema version 12 limits        13 checksum
     14 meta encoding   15 tensor specs   16 missing        17 not expected   18 shape         19 dtype
     20 device, layout  21 tp_plan        22 meta value     23 step list      24 contradiction 25 payload size
-    27 unprepared      28 stale frame    30 noise_scale
+    27 unprepared      28 stale frame    30 noise_scale    31 pp_disable_vace 32 result meta
 """
 
 from __future__ import annotations

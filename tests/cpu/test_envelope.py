@@ -9,7 +9,8 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import CallCountError, FrameError, PreflightError
 from engine.plan import V0, V1, V11A, V11B
-from engine.wire.envelope import Shapes, pp_meta, tp_from_meta, tp_meta
+from engine.wire.dialect import PP, TP
+from engine.wire.envelope import Shapes, envelope_from_meta, envelope_meta
 from tests.cpu.wire_cases import PLANS, SHAPES, change, forge, make, ramp, receive, send
 
 COMMON = {
@@ -257,19 +258,19 @@ def test_the_receiver_judges_the_specs(specs, field):
 
 def test_pp_names_are_the_other_half_of_the_same_table():
     envelope = make(V1, recompute=False)
-    meta = pp_meta(envelope)
+    meta = envelope_meta(envelope, PP)
     assert meta["pp_envelope_version"] == 1
     assert meta["pp_disable_vace"] is True
     assert "tp_plan" not in meta
-    assert {key.removeprefix("tp_") for key in tp_meta(envelope)} - {"plan", "envelope_version"} - {
+    assert {key.removeprefix("tp_") for key in envelope_meta(envelope, TP)} - {"plan", "envelope_version"} - {
         "context_frames_override"
     } == set(meta) - {"pp_envelope_version", "pp_disable_vace", "context_frames"}
 
 
-def test_tp_from_meta_reads_the_step_list_from_its_tensor():
+def test_the_plan_reads_the_step_list_from_its_tensor():
     envelope = make(V11A)
     tensors = {"denoising_step_list": torch.tensor([900, 100]), "conditioning_embeds": ramp(1, 3, 5)}
-    back = tp_from_meta(tp_meta(envelope), tensors, chunk_index=3, cache_epoch=1)
+    back = envelope_from_meta(envelope_meta(envelope, TP), tensors, TP, V11A, chunk_index=3, cache_epoch=1)
     assert back.plan.denoising_step_list == (900, 100)
 
 

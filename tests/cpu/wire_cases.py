@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from engine.plan import V0, V1, V11A, V11B, ChunkPlan
+from engine.plan import PP0, PP1, V0, V1, V11A, V11B, ChunkPlan
 from engine.wire.envelope import Envelope, Shapes
 from engine.wire.frame import PayloadBuffer, PreparedFrame, prepare, rebuild
 from engine.wire.header import Header, Limits, LinkState, parse_header
@@ -14,7 +14,7 @@ from engine.wire.meta import encode_plain, parse_meta
 SHAPES = Shapes(
     frames_per_chunk=3, context_frames=3, channels=2, latent_h=2, latent_w=2, text_len=3, text_dim=5, dtype="bfloat16"
 )
-PLANS = (V0, V11A, V11B, V1)
+PLANS = (V0, V11A, V11B, V1, PP0, PP1)
 
 
 def ramp(*shape: int) -> torch.Tensor:
@@ -49,7 +49,7 @@ def make(
     tensors: dict[str, torch.Tensor | None] = {"denoising_step_list": torch.tensor(steps)}
     if tp_plan != V0:
         tensors["conditioning_embeds"] = ramp(1, 3, 5)
-    if tp_plan in (V11B, V1):
+    if tp_plan in (V11B, V1, PP0, PP1):
         tensors["latents"] = ramp(1, 3, 2, 2, 2)
         if len(steps) > 1:
             tensors["renoise"] = ramp(len(steps) - 1, 1, 3, 2, 2, 2)
