@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError, GeometryError
-from engine.plan import ALIASES, TP_PLANS, canonical_plan
+from engine.plan import ALIASES, PLANS, PP0, PP_PLANS, canonical_plan
 
 VAE_SPATIAL = 8
 VAE_TEMPORAL = 4
@@ -98,10 +98,24 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Which plan, on how many mesh ranks (`tp`)."""
+    """Which plan, on how many mesh ranks (`tp`). The pp plans put Stage 0 on a rank of its own before them."""
 
     tp_plan: str = "v1_generator_only"
     tp: int = 1
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """The pp plans. Depths of the queue of envelopes on their way to the mesh (`d_in`) and of results that wait for
+    decode (`d_out`); how long the comms thread may take to end, in seconds; whether Stage 0 decodes up to the anchor,
+    sends the next envelope, and only then decodes the rest (`anchor_first`, regime R0a); what a hard cut does with
+    chunks in flight: `discard` them as stale, or `finish` them first."""
+
+    d_in: int = 2
+    d_out: int = 2
+    join_timeout_s: float = 20.0
+    anchor_first: bool = True
+    cut: str = "discard"
 
 
 @dataclass(frozen=True)
@@ -189,6 +203,7 @@ class EngineConfig:
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     liveness: LivenessConfig = field(default_factory=LivenessConfig)
     tripwires: TripwireConfig = field(default_factory=TripwireConfig)
@@ -210,7 +225,14 @@ class EngineConfig:
 
     @property
     def world_size(self) -> int:
-        return self.plan.tp
+        return self.plan.tp + int(self.plan.tp_plan in PP_PLANS)
+
+    @property
+    def regime(self) -> str:
+        """The recompute regime of the contract: R1 off, R0a from pixels, R0 from latents (another result)."""
+        if not self.schedule.recompute:
+            return "R1"
+        return "R0a" if self.schedule.anchor == "reencode" else "R0"
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Nested plain data, ready for TOML or JSON."""
@@ -411,6 +433,7 @@ def validate(config: EngineConfig) -> None:
         raise ConfigError(f"run.chunks must be at least 1, is {config.run.chunks}", code="TP-1010")
     if config.sink.fps < 1:
         raise ConfigError(f"sink.fps must be at least 1, is {config.sink.fps}", code="TP-1010")
+    _check_pipeline(config)
     live = config.liveness
     if live.watchdog_s < 3 * live.heartbeat_s:
         raise ConfigError(
@@ -443,7 +466,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention_backend": ("auto", "sdpa", "flex"),
     "schedule.anchor": ("reencode", "latent"),
     "comm.backend": ("auto", "gloo", "nccl"),
-    "plan.tp_plan": TP_PLANS,
+    "plan.tp_plan": PLANS,
+    "pipeline.cut": ("discard", "finish"),
 }
 SINK_KINDS = ("mp4", "sheet", "raw", "null")
 
@@ -464,6 +488,24 @@ def _check_choices(config: EngineConfig) -> None:
     for kind in config.sink.kinds:
         if kind not in SINK_KINDS:
             raise ConfigError(f"sink.kinds has {kind!r}; known: {', '.join(SINK_KINDS)}", code="TP-1007")
+
+
+def _check_pipeline(config: EngineConfig) -> None:
+    for name in ("d_in", "d_out", "join_timeout_s"):
+        value = getattr(config.pipeline, name)
+        least = 0 if name == "join_timeout_s" else 1
+        if value < least or value == 0:
+            raise ConfigError(
+                f"pipeline.{name} must be {'at least 1' if least else 'above 0'}, is {value}", code="TP-1014"
+            )
+    if config.plan.tp_plan == PP0 and config.plan.tp != 1:
+        raise ConfigError(
+            f"plan pp0 has a mesh of one rank, but plan.tp is {config.plan.tp}",
+            code="TP-1014",
+            next_step="tpctl config check --set plan.tp_plan=pp1",
+        )
+    if config.plan.tp_plan in PP_PLANS and config.drill.id:
+        raise ConfigError(f"there is no drill '{config.drill.id}' for plan {config.plan.tp_plan}", code="TP-1013")
 
 
 def _check_geometry(config: EngineConfig) -> None:

@@ -14,6 +14,8 @@ PP0 = "pp0"
 PP1 = "pp1"
 
 TP_PLANS = (V0, V11A, V11B, V1)
+PP_PLANS = (PP0, PP1)  # Stage 0 alone on rank 0, the mesh on the ranks after it
+PLANS = TP_PLANS + PP_PLANS
 ALIASES = {"v0": V0, "v1.1c": V1}
 
 

@@ -12,6 +12,7 @@ import hashlib
 import os
 import struct
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,9 +37,10 @@ class Phase(StrEnum):
     B = "B"
 
 
+PP_LABELS = ("pp_pg.down", "pp_pg.up")  # its two directions
 ALLOWED: dict[Phase, frozenset[str]] = {
-    Phase.HANDSHAKE: frozenset({"world_pg", "pp_pg", "mesh_pg"}),
-    Phase.LINK: frozenset({"pp_pg", "mesh_pg"}),
+    Phase.HANDSHAKE: frozenset({"world_pg", *PP_LABELS, "mesh_pg"}),
+    Phase.LINK: frozenset({*PP_LABELS, "mesh_pg"}),
     Phase.B: frozenset({"mesh_pg"}),
 }
 
@@ -54,7 +56,27 @@ class PhaseGate:
     ) -> None:
         self.ids = ids if ids is not None else {}
         self.blackbox = blackbox
+        self.poisoned = False
+        self._owner: int | None = None
         self.phase = phase
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """While the body runs, this thread alone may use the groups that share the gate (contract, section 3)."""
+        self._owner = threading.get_ident()
+        try:
+            yield
+        finally:
+            if not self.poisoned:
+                self._owner = None
+
+    def refusal(self) -> str | None:
+        """Why the calling thread may use no group now, or None."""
+        if self.poisoned:
+            return "the comms thread did not end, and nobody touches the groups again"
+        if self._owner is not None and self._owner != threading.get_ident():
+            return "the comms thread owns the groups"
+        return None
 
     @property
     def phase(self) -> Phase:
@@ -109,12 +131,14 @@ class Group:
         rank: this process' global rank.
         pg: the torch process group, or None for a group of one, whose collectives are the identity.
         gate: the rank's phase.
+        label: the name in the ledger and the black box; a group whose two directions are ordered apart has two.
     """
 
     def __init__(
-        self, name: str, members: tuple[Rank, ...], rank: Rank, pg: Any, gate: PhaseGate | None = None
+        self, name: str, members: tuple[Rank, ...], rank: Rank, pg: Any, gate: PhaseGate | None = None, label: str = ""
     ) -> None:
         self.name = name
+        self.label = label or name
         self.members = members
         self.rank = rank
         self.gate = gate if gate is not None else PhaseGate()
@@ -123,7 +147,7 @@ class Group:
         self._calls: dict[tuple[Any, ...], Call] = {}
         # A group of one waits for nobody: there is nothing to record.
         self._blackbox = self.gate.blackbox if len(members) > 1 else None
-        self._slot = self._blackbox.open_group(name, members) if self._blackbox is not None else 0
+        self._slot = self._blackbox.open_group(self.label, members) if self._blackbox is not None else 0
 
     @classmethod
     def solo(cls, name: str = "mesh_pg", gate: PhaseGate | None = None) -> Group:
@@ -179,8 +203,17 @@ class Group:
 
     def _enter(self, op: str, tensor: torch.Tensor) -> None:
         self._require_member(op)
+        refusal = self.gate.refusal()
+        if refusal is not None:
+            raise GroupError(
+                f"rank {self.rank}: {op} on {self.name}: {refusal}",
+                code="TP-3103",
+                fm="FM-20",
+                ids=self.gate.ids,
+                evidence={"group_used": self.name, "op": op, "thread": threading.current_thread().name},
+            )
         allowed = ALLOWED[self.gate.phase]
-        if self.name not in allowed:
+        if self.label not in allowed:
             raise GroupError(
                 f"rank {self.rank}: {op} on {self.name} in phase {self.gate.phase.value}, which allows "
                 f"{', '.join(sorted(allowed))} only",
@@ -196,7 +229,7 @@ class Group:
         key = (op, tensor.shape, tensor.dtype)
         call = self._calls.get(key)
         if call is None:
-            call = self._calls[key] = Call.of(self.name, self.members, op, tensor)
+            call = self._calls[key] = Call.of(self.label, self.members, op, tensor)
         self.ledger.add(call)
         if self._blackbox is not None:
             self._blackbox.enter(self._slot, call.signature, call_site(), self.gate.ids)
@@ -207,17 +240,20 @@ class Group:
         try:
             yield
         except RuntimeError as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise CommError(
-                f"rank {self.rank}: {op} on {self.name} failed: {lines[0][:300]}",
-                fm="FM-40",
-                ids=self.gate.ids,
-                evidence={"group": self.name, "op": op, "rank": self.rank},
-                next_step="the first cause is another rank's: look at the reports of the other ranks",
-            ) from error
+            raise self._failure(op, error) from error
         finally:
             if self._blackbox is not None:
                 self._blackbox.leave()
+
+    def _failure(self, op: str, error: RuntimeError) -> CommError:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return CommError(
+            f"rank {self.rank}: {op} on {self.name} failed: {lines[0][:300]}",
+            fm="FM-40",
+            ids=self.gate.ids,
+            evidence={"group": self.name, "op": op, "rank": self.rank},
+            next_step="the first cause is another rank's: look at the reports of the other ranks",
+        )
 
     def _require_member(self, op: str) -> None:
         if self.rank not in self.members:
@@ -239,7 +275,7 @@ def dist() -> Any:
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _ROOT = os.path.dirname(os.path.dirname(_HERE)) + os.sep
 # Frames of these files carry a call; they do not make it.
-_CARRIERS = frozenset({os.path.join(_HERE, "group.py"), os.path.join(_HERE, "transport.py")})
+_CARRIERS = frozenset(os.path.join(_HERE, name) for name in ("group.py", "transport.py", "pair.py", "p2p.py"))
 _sites: dict[tuple[str, int], bytes] = {}
 
 

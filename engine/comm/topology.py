@@ -15,9 +15,10 @@ from typing import Any
 
 from engine.blackbox import BlackBox
 from engine.comm.group import Group, PhaseGate, Rank, dist
+from engine.comm.pair import Pair
 from engine.config import EngineConfig, RankEnv
 from engine.errors import CommError, ConfigError, JoinError
-from engine.plan import TP_PLANS, V0
+from engine.plan import PP_PLANS, TP_PLANS, V0
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,11 @@ class Topology:
 
     @classmethod
     def of(cls, config: EngineConfig) -> Topology:
-        """Every plan of `TP_PLANS` puts all ranks into the mesh, rank 0 leading."""
+        """Every plan of `TP_PLANS` puts all ranks into the mesh, rank 0 leading; in pp, rank 0 stands before it."""
         plan = config.plan
+        if plan.tp_plan in PP_PLANS:
+            mesh = tuple(Rank(r) for r in range(1, 1 + plan.tp))
+            return cls(plan.tp_plan, 1 + plan.tp, mesh, (Rank(0), mesh[0]))
         if plan.tp_plan not in TP_PLANS:
             raise ConfigError(f"no topology for plan '{plan.tp_plan}'", code="TP-1007")
         return cls(plan.tp_plan, plan.tp, tuple(Rank(r) for r in range(plan.tp)))
@@ -48,12 +52,16 @@ class Topology:
             )
 
     def mesh_rank(self, rank: int) -> int:
-        return self.mesh.index(Rank(rank))
+        """-1 outside the mesh."""
+        return self.mesh.index(Rank(rank)) if Rank(rank) in self.mesh else -1
 
     def role(self, rank: int) -> str:
-        """`full` (v0), `stage0+stage1` (rank 0) or `stage1` (the other ranks of v1.1)."""
+        """`full` (v0), `stage0+stage1` (rank 0) or `stage1` (the other ranks of v1.1); in pp `stage0`, then `stage1`,
+        the first of which leads."""
         if self.tp_plan == V0:
             return "full"
+        if self.pp:
+            return "stage0" if rank == 0 else "stage1+leader" if Rank(rank) == self.mesh[0] else "stage1"
         return "stage0+stage1" if rank == 0 else "stage1"
 
 
@@ -64,6 +72,7 @@ class Groups:
     world: Group
     mesh: Group
     gate: PhaseGate
+    pp: Pair | None = None
 
 
 class MeetingPoint:
@@ -128,7 +137,7 @@ def create_groups(
     meeting: MeetingPoint,
     blackbox: BlackBox | None = None,
 ) -> Groups:
-    """Initialise the backend and create `world_pg`, then `mesh_pg`, on every rank.
+    """Initialise the backend and create `world_pg`, then `pp_pg` where the plan has one, then `mesh_pg`, on every rank.
 
     Raises:
         CommError: the backend cannot start.
@@ -144,6 +153,9 @@ def create_groups(
         dist().init_process_group(
             backend, store=meeting.store, rank=env.rank, world_size=env.world_size, timeout=timeout
         )
+        # Frames between two parties are read before a device may be touched, and NCCL orders both directions in one
+        # line: so this group is always gloo, and CUDA tensors pass through pinned memory.
+        pp_pg = dist().new_group(list(topology.pp), timeout=timeout, backend="gloo") if topology.pp else None
         mesh_pg = dist().new_group(list(topology.mesh), timeout=timeout, backend=backend)
     except (RuntimeError, ValueError) as error:
         raise CommError(
@@ -153,6 +165,7 @@ def create_groups(
         Group("world_pg", world, rank, dist().group.WORLD, gate),
         Group("mesh_pg", topology.mesh, rank, mesh_pg, gate),
         gate,
+        Pair.of(topology.pp, rank, pp_pg, gate) if topology.pp else None,
     )
 
 

@@ -67,6 +67,12 @@ SCHEMAS_OF: Mapping[Action, frozenset[Schema]] = MappingProxyType(
 MESH_ACCEPT = frozenset({Action.NOOP, Action.INFER, Action.SHUTDOWN, Action.ERROR})
 MESH_SCHEMAS: Mapping[Schema, int] = MappingProxyType({Schema.NONE: 0, Schema.TP_ENVELOPE: 1, Schema.ERROR: 1})
 
+# The pp link: what the mesh leader accepts from Stage 0, and Stage 0 from the leader.
+LEADER_ACCEPT = MESH_ACCEPT
+LEADER_SCHEMAS: Mapping[Schema, int] = MappingProxyType({Schema.NONE: 0, Schema.PP_ENVELOPE: 1, Schema.ERROR: 1})
+STAGE0_ACCEPT = frozenset({Action.RESULT})
+STAGE0_SCHEMAS: Mapping[Schema, int] = MappingProxyType({Schema.PP_RESULT: 1})
+
 
 @dataclass(frozen=True)
 class Limits:
