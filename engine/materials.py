@@ -158,10 +158,23 @@ class Materials:
     @torch.inference_mode()
     def decode(self, latents_BFCHW: torch.Tensor) -> torch.Tensor:
         """Phase C: pixels [1, T, 3, H, W] in [-1, 1]; both buffers move on."""
+        self.remember(latents_BFCHW)
+        return self.develop(latents_BFCHW)
+
+    @torch.inference_mode()
+    def remember(self, latents_BFCHW: torch.Tensor) -> None:
+        """The first half of `decode`: the newest chunk's latents, which the next context is made of."""
+        self.buffers.append_latents(latents_BFCHW)
+
+    @torch.inference_mode()
+    def develop(self, latents_BFCHW: torch.Tensor) -> torch.Tensor:
+        """The second half, for the next F >= 1 latents of the stream: pixels [1, T, 3, H, W] in [-1, 1].
+
+        The bits do not depend on how the stream is cut into calls.
+        """
         if self.vae is None:
             raise CodecError("this rank holds no VAE decoder")
         pixels_BTCHW = self.vae.decode(latents_BFCHW)
-        self.buffers.append_latents(latents_BFCHW)
         self.buffers.append_pixels(pixels_BTCHW)
         return pixels_BTCHW
 

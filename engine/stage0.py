@@ -25,8 +25,19 @@ class Control:
     epoch: int = 0
 
 
+@dataclass(frozen=True)
+class Next:
+    """Whether the next chunk begins a stream of its own, and whether it needs the context of all before it."""
+
+    cut: bool
+    recompute: bool
+
+
 class Stage0:
-    """The stream's state on rank 0: position, epochs, control, and the materials of phases A and C."""
+    """The stream's state on rank 0: position, epochs, control, and the materials of phases A and C.
+
+    `current_start_frame` is that of the next chunk, until a cut sets it back.
+    """
 
     def __init__(self, config: EngineConfig, timeline: Timeline, materials: Materials) -> None:
         self.config = config
@@ -39,7 +50,7 @@ class Stage0:
         self.cache_epoch = 0
         self.chunk_index = -1
         self.current_start_frame = 0
-        self._in_flight: ChunkPlan | None = None
+        self._in_flight: dict[int, ChunkPlan] = {}
 
     def step(self) -> Envelope:
         """Phase A of the next chunk: a complete envelope, every tensor of phase B in it."""
@@ -55,8 +66,16 @@ class Stage0:
         plan = self._plan(chunk_index, init_cache=init_cache, new_prompt=new_prompt)
         bare = Envelope(self.config.plan.tp_plan, plan, self.control.prompt, self._step_list(plan))
         envelope = self.materials.complete(bare)
-        self.chunk_index, self._in_flight = chunk_index, plan
+        self.chunk_index = chunk_index
+        self.current_start_frame += self.config.geometry.frames_per_chunk
+        self._in_flight[chunk_index] = plan
         return envelope
+
+    def next_chunk(self) -> Next:
+        """What phase A of the next chunk will be, decided from the timeline alone."""
+        event = self.timeline.at(self.chunk_index + 1) or Event(self.chunk_index + 1)
+        begins = event.cut or self.chunk_index < 0
+        return Next(cut=begins, recompute=not begins and self._steer(event).recompute)
 
     def for_link(self, envelope: Envelope) -> Envelope:
         """The part of a complete envelope that its plan carries; the workers derive the rest."""
@@ -74,11 +93,31 @@ class Stage0:
         Raises:
             TripwireError: a result nobody asked for.
         """
-        if self._in_flight is None or plan != self._in_flight:
+        self.remember(latents_BFCHW, plan)
+        return self.develop(latents_BFCHW)
+
+    def remember(self, latents_BFCHW: torch.Tensor, plan: ChunkPlan) -> None:
+        """The first half of `accept`: the result is part of the stream from here on, and the next context.
+
+        Raises:
+            TripwireError: a result nobody asked for.
+        """
+        self.forget(plan)
+        self.materials.remember(latents_BFCHW)
+
+    def forget(self, plan: ChunkPlan) -> None:
+        """A chunk is no longer in flight. Raises TripwireError if it was not."""
+        if self._in_flight.get(plan.chunk_index) != plan:
             raise TripwireError(f"a result for chunk {plan.chunk_index} came, which is not in flight", fm="FM-10")
-        pixels_BTCHW = self.materials.decode(latents_BFCHW)
-        self.current_start_frame += self.config.geometry.frames_per_chunk
-        self._in_flight = None
+        del self._in_flight[plan.chunk_index]
+
+    def latents_to_anchor(self) -> int:
+        """Latents of the newest chunk to decode before `step` can make the next anchor; see `ContextBuffers`."""
+        return self.materials.buffers.latents_to_anchor(self.current_start_frame)
+
+    def develop(self, latents_BFCHW: torch.Tensor) -> torch.Tensor:
+        """The second half of `accept`, for the next latents of the stream: uint8 pixels [T, H, W, 3] on the CPU."""
+        pixels_BTCHW = self.materials.develop(latents_BFCHW)
         unit_THWC = (pixels_BTCHW[0].float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return (unit_THWC * 255).round().to(torch.uint8).cpu().contiguous()
 

@@ -3,6 +3,7 @@
     python -m torch.distributed.run --nproc-per-node=N -m engine.worker --config RUN/config.toml --run-dir RUN
 
 The path of one chunk: `leader.lead` (rank 0) or `follower.follow` (the others) -> `Stage1.step` -> `DiT.forward`.
+In pp, `pipeline.Pipeline` (rank 0) -> `meshleader.MeshLeader` -> `Stage1.step`, and back.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ from engine.errors import CommError, EngineError
 from engine.evidence import Evidence
 from engine.follower import follow
 from engine.lifecycle import RankExit, RankState
+from engine.meshleader import MeshLeader
 from engine.model.attention import resolve_backend
 from engine.model.loader import build_generator
-from engine.plan import V1
+from engine.plan import PP_PLANS, V1
 from engine.rank import RankContext
 from engine.report import RankReport, age_s, rss_bytes
 from engine.stage1 import Stage1
@@ -82,23 +84,33 @@ class Worker:
         report.times["join_s"] = age_s()
 
         report.move(RankState.LOADING)
-        stage1 = self._load_generator(groups)
+        report.effective = self._effective()
+        stage1 = self._load_generator(groups) if report.mesh_rank >= 0 else None
         materials = self._load_materials()
         report.times["loaded_s"] = age_s()  # this rank alone; ready_s waits for the slowest
         meeting.meet("load", live.load_budget_s)
+        # The shape handshake: Stage 0, in pp on a rank of its own, is one of those that must agree.
         shapes = parity.shape_observation(self.config, groups.mesh.size, report.effective)
-        replicated = {"weights.replicated": str(report.generator["replicated_fingerprint"])}
-        parity.check(groups.world, shapes | replicated, "shapes, effective backends or weights")
-        stage1.check_baselines()
+        if self.topology.pp:
+            parity.check(groups.world, shapes, "shapes or effective backends")
+        if stage1 is not None:
+            replicated = {"weights.replicated": str(report.generator["replicated_fingerprint"])}
+            peers = groups.mesh if self.topology.pp else groups.world
+            parity.check(peers, shapes | replicated, "shapes, effective backends or weights")
+            stage1.check_baselines()
         report.times["load_s"] = age_s()
 
         report.move(RankState.WARMING)
         with self.context.watchdog.budget("the warm-up", live.warmup_budget_s, RankExit.PHASE_BUDGET):
-            report.generator["collectives_per_call"] = stage1.warm_up()
+            if stage1 is not None:
+                report.generator["collectives_per_call"] = stage1.warm_up()
+            if self.topology.pp:
+                meeting.meet("warm", live.warmup_budget_s)  # rank 0 knows that the mesh is ready
         groups.gate.phase = Phase.LINK
         job = meeting.name_job()
-        self.context.open_records(job)
-        if self.config.run.record_frames:
+        if stage1 is not None:
+            self.context.open_records(job)  # of a mesh rank's cache; Stage 0 alone has none
+        if self.config.run.record_frames and stage1 is not None:
             warn = self.context.warn
             stage1.evidence = Evidence.of_rank(self.run_dir, job, self.config, groups.mesh, self.device, warn)
         report.times["ready_s"] = age_s()
@@ -106,21 +118,33 @@ class Worker:
         report.move(RankState.RUNNING)
         report.write()
 
-        link = self._link(groups)
-        faults.plant(self.config, self.env.rank, self.blackbox, groups, link, stage1, materials)
-        if self.env.rank == 0:
+        self._serve(groups, stage1, materials)
+        report.move(RankState.SHUTDOWN)
+
+    def _serve(self, groups: Groups, stage1: Stage1 | None, materials: Materials | None) -> None:
+        """The loop of this rank's role. Stage 0's loops are imported where there is a Stage 0."""
+        if stage1 is None:
             if materials is None:
                 raise EngineError("rank 0 always holds Stage 0's parts", exit_code=int(RankExit.BAD_CONFIG))
+            from engine.pipeline import run_stage0
+
+            run_stage0(self.context, groups, materials, self.device)
+            return
+        link = self._link(groups)
+        faults.plant(self.config, self.env.rank, self.blackbox, groups, link, stage1, materials)
+        if groups.pp is not None and groups.mesh.is_leader:
+            MeshLeader.of(self.context, groups.pp, link, stage1).run()
+        elif materials is not None and self.env.rank == 0:
             from engine.leader import lead
 
             lead(self.context, link, stage1, materials)
         else:
             follow(self.context, link, stage1, materials)
-        report.move(RankState.SHUTDOWN)
 
-    def _load_generator(self, groups: Groups) -> Stage1:
+    def _effective(self) -> dict[str, str]:
+        """What `auto` became; the same on every rank, whether it holds a generator or not."""
         backend, reason = resolve_backend(self.config.model.attention_backend, self.device, self.config.model.dtype)
-        self.report.effective = {
+        return {
             "attention_backend": backend,
             "attention_reason": reason,
             "device": self.device,
@@ -128,7 +152,11 @@ class Worker:
             "comm_backend": effective_comm_backend(self.config),
             "threads": str(torch.get_num_threads()),
             "torch": torch.__version__,
+            "regime": self.config.regime,
         }
+
+    def _load_generator(self, groups: Groups) -> Stage1:
+        backend = self.report.effective["attention_backend"]
         generator = build_generator(self.config, groups.mesh, backend, self.device)
         self.report.generator = {
             "weights_fingerprint": generator.weights.fingerprint,
@@ -140,7 +168,7 @@ class Worker:
 
     def _load_materials(self) -> Materials | None:
         """Stage 0's parts of this rank. A generator-only worker gets none, and never imports the codecs."""
-        if self.config.plan.tp_plan == V1 and self.env.rank != 0:
+        if self.config.plan.tp_plan in (V1, *PP_PLANS) and self.env.rank != 0:
             return None
         from engine.materials import PARTS, RANK0, Materials
 

@@ -63,6 +63,18 @@ class ContextBuffers:
         self.decoded_frame_buffer = _newest(self.decoded_frame_buffer, pixels_BTCHW, self._pixel_slots)
         self._pixels_seen += pixels_BTCHW.shape[1]
 
+    def latents_to_anchor(self, current_start_frame: int) -> int:
+        """How many latents must still be decoded before the anchor of `current_start_frame` can be made.
+
+        Latent i ends with pixel 4i, and the anchor is pixel 4 (current_start_frame - K): so decode up to latent
+        current_start_frame - K, whatever F and K are. With F = K that is the first latent of the newest chunk; with
+        F < K it has been decoded with an earlier chunk.
+        """
+        if self._anchor == "latent" or current_start_frame - self._chunk < self._context:
+            return 0
+        decoded = (self._pixels_seen + VAE_TEMPORAL - 1) // VAE_TEMPORAL
+        return max(0, current_start_frame - self._context + 1 - decoded)
+
     def context_frames(self, current_start_frame: int, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """[B, min(K, current_start_frame), C, h, w]: the anchor and the latents after it."""
         return self.assemble(self.anchor(current_start_frame, encode), current_start_frame)

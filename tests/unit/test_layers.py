@@ -13,20 +13,42 @@ ROOT = Path(__file__).parents[2]
 # Rooms from left to right; a module imports from its own room or from one to its left.
 ROOMS = (
     ("errors",),
-    ("config", "plan", "timeline", "lifecycle", "blackbox", "records", "report", "sealed", "seeded_tokenizer"),
+    (
+        "config",
+        "plan",
+        "timeline",
+        "lifecycle",
+        "blackbox",
+        "records",
+        "report",
+        "measures",
+        "sealed",
+        "seeded_tokenizer",
+    ),
     ("wire",),
     ("comm",),
     ("referee",),
     # `assets` makes tiny weights with the modules of model and codecs, and the loader asks it for them.
     ("model", "codecs", "sinks", "tripwires", "seeded", "assets", "recorder", "sampling", "evidence"),
-    ("overlap", "watchdog", "drain", "materials"),
+    ("overlap", "streams", "watchdog", "drain", "materials"),
     ("stage0", "stage1"),
     ("rank", "record"),
-    ("leader", "follower", "faults", "referee"),
+    ("leader", "follower", "pipeline", "meshleader", "faults", "referee"),
     ("worker", "nursery", "replay"),
 )
 ORDER = {name: place for place, names in enumerate(ROOMS) for name in names}
-FIRST_GROUP = ("errors", "config", "plan", "timeline", "lifecycle", "blackbox", "records", "report", "sealed")
+FIRST_GROUP = (
+    "errors",
+    "config",
+    "plan",
+    "timeline",
+    "lifecycle",
+    "blackbox",
+    "records",
+    "report",
+    "measures",
+    "sealed",
+)
 TPCTL_MAY_IMPORT = {*FIRST_GROUP, "wire.header", "wire.problem"}
 TORCH_FREE = (
     "tpctl",

@@ -1,0 +1,245 @@
+"""Rank 0's loop in pp: phase A of the next chunk goes out before this one's result is decoded, and the mesh works on.
+
+One turn: take a result, remember its latents, decode what the next anchor needs, send the next envelope, decode the
+rest, emit. With recompute from pixels (R0a) the anchor lies in the chunk's latent F - K; without it, or with anchors
+from latents, nothing is decoded before the next envelope.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine import tripwires
+from engine.comm.p2p import Stage0End
+from engine.comm.topology import Groups
+from engine.errors import EngineError, TripwireError
+from engine.lifecycle import RankExit, RankState
+from engine.materials import Materials
+from engine.measures import overlap
+from engine.overlap import Arrival, Comms
+from engine.plan import ChunkPlan
+from engine.rank import RankContext
+from engine.recorder import Recorder
+from engine.sinks.base import SinkSet, open_sinks
+from engine.stage0 import Stage0
+from engine.streams import CommStream
+from engine.wire.envelope import Shapes
+from engine.wire.expected import Fate
+from engine.wire.header import Limits
+from engine.wire.result import Result
+
+
+def run_stage0(context: RankContext, groups: Groups, materials: Materials, device: str) -> None:
+    """Rank 0 of a pp plan, from its first envelope to SHUTDOWN. Raises what ends the stream early."""
+    config = context.config
+    if groups.pp is None:
+        raise EngineError(f"plan {config.plan.tp_plan} has no pp_pg", exit_code=int(RankExit.BAD_CONFIG))
+    link = Stage0End(
+        groups.pp,
+        Limits.of(config),
+        Shapes.of(config),
+        config.plan.tp_plan,
+        context.blackbox,
+        device.startswith("cuda"),
+    )
+    comms = Comms(link, config.pipeline, config.liveness, context.watchdog, CommStream(device), context.leave_now)
+    Pipeline(context, comms, materials).run()
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A chunk on its way to the mesh and back. Times in milliseconds since the loop began."""
+
+    plan: ChunkPlan
+    prompt: str
+    tA0_ms: float
+    tA1_ms: float
+
+
+class Pipeline:
+    """Stage 0's side of the pipeline."""
+
+    def __init__(self, context: RankContext, comms: Comms, materials: Materials) -> None:
+        self.context = context
+        self.comms = comms
+        self.stage0 = Stage0(context.config, context.timeline, materials)
+        self.account = context.report.account = {"accepted": 0, "emitted": 0, "dropped": 0, "abandoned": 0}
+        self._flying: dict[int, Flight] = {}
+        self._emitting = False
+        self._repeats = 0
+        self._began_s = time.monotonic()
+        self._last_emit_ms = 0.0
+        self._pixels: list[torch.Tensor] = []
+
+    def run(self) -> None:
+        """Make the run's chunks until the timeline's end or a drain. Raises what ends the stream early."""
+        config, report = self.context.config, self.context.report
+        sinks: SinkSet | None = None
+        self.comms.start()
+        try:
+            recorder = Recorder(self.context.run_dir, config.run.record_latents)
+            directory = Path(config.sink.directory) if config.sink.directory else self.context.run_dir
+            sinks = open_sinks(config.sink, directory, height=config.geometry.height, width=config.geometry.width)
+            self._feed()
+            while self._flying:
+                arrival, fate = self.comms.take(lambda: self.stage0.cache_epoch)
+                if fate is Fate.ACCEPTED:
+                    self._emit(arrival, sinks, recorder)
+                else:
+                    self._drop(arrival.result, fate)
+                self._feed()
+            report.move(RankState.DRAINING)
+            report.outputs = {kind: str(path) for kind, path in sinks.close().items()}
+            sinks = None
+            recorder.close()
+            self._report_overlap()
+            self.comms.close()
+        except BaseException as error:
+            self.account["abandoned"] = self.account["accepted"] - self.account["emitted"] - self.account["dropped"]
+            if sinks is not None:
+                sinks.abort()
+            self.comms.close(error)
+            raise
+
+    def _feed(self) -> None:
+        """Phase A of as many chunks as may go out now."""
+        while self._may_feed():
+            tA0_ms = self._now_ms()
+            envelope = self.stage0.step()
+            self.account["accepted"] += 1
+            plan = envelope.plan
+            self._flying[plan.chunk_index] = Flight(plan, envelope.prompt or "", tA0_ms, self._now_ms())
+            self.comms.put(self.stage0.for_link(envelope))
+
+    def _may_feed(self) -> bool:
+        config = self.context.config
+        if self.context.drain.requested or self.stage0.chunk_index + 1 >= config.run.chunks or not self.comms.room():
+            return False
+        following = self.stage0.next_chunk()
+        if following.recompute and self._flying:
+            return False  # its context is made of all that came before
+        if following.cut:
+            # What is half decoded is finished first. What still flies is stale from the cut on, or finished too.
+            return not self._emitting and (config.pipeline.cut == "discard" or not self._flying)
+        return True
+
+    def _emit(self, arrival: Arrival, sinks: SinkSet, recorder: Recorder) -> None:
+        """Phase C of one chunk, with phase A of the next one in its middle."""
+        result, stage0 = arrival.result, self.stage0
+        flight = self._flying.pop(result.chunk_index)
+        tRecv_ms = self._now_ms()
+        latents_BFCHW = self._checked(result, flight.plan)
+        stage0.remember(latents_BFCHW, flight.plan)
+        first = self._decoded_before_feed(latents_BFCHW.shape[1])
+        self._emitting = True
+        pixels = [stage0.develop(latents_BFCHW[:, :first])] if first else []
+        fed_ms = self._now_ms()
+        self._feed()
+        inside_ms = self._now_ms() - fed_ms
+        if first < latents_BFCHW.shape[1]:
+            pixels.append(stage0.develop(latents_BFCHW[:, first:]))
+        self._emitting = False
+        pixels_THWC = torch.cat(pixels)
+        sinks.write(pixels_THWC.numpy(), result.chunk_index, flight.prompt)
+        self.account["emitted"] += 1
+        recorder.keep(result.chunk_index, latents_BFCHW, pixels_THWC)
+        self._record(flight, result, tRecv_ms, inside_ms, first, arrival)
+
+    def _decoded_before_feed(self, frames: int) -> int:
+        """Latents of the newest chunk that the next envelope needs decoded; all of them if anchor-first is off."""
+        following = self.stage0.next_chunk()
+        if not following.recompute or self.context.config.schedule.anchor != "reencode":
+            return 0
+        return min(frames, self.stage0.latents_to_anchor()) if self.context.config.pipeline.anchor_first else frames
+
+    def _drop(self, result: Result, fate: Fate) -> None:
+        """A result that must not be decoded: counted and recorded."""
+        self.context.blackbox.commit(f"drop {fate.value}", "pp_pg", result.ids())
+        if fate is Fate.STALE:
+            self.stage0.forget(self._flying.pop(result.chunk_index).plan)
+            self.account["dropped"] += 1
+        else:
+            self._repeats += 1
+            self.context.warn(
+                f"{self._repeats} result(s) came twice and were dropped; the last for chunk {result.chunk_index}"
+            )
+
+    def _checked(self, result: Result, plan: ChunkPlan) -> torch.Tensor:
+        """The latents, once the result is proved to be the one that the mesh made, of the chunk that was asked for.
+
+        Raises:
+            TripwireError: calls, position or bytes are not those of the plan.
+        """
+        latents_BFCHW = result.latents_out_BFCHW
+        if latents_BFCHW is None:
+            raise TripwireError("a good result came without latents", fm="FM-06", ids=result.ids())
+        digest = tripwires.digest({"latents_out": latents_BFCHW}) if result.output_digest_i64 else 0
+        end_frame = plan.current_start_frame + latents_BFCHW.shape[1]
+        for name, got, expected, fm in (
+            ("observed_generator_calls", result.observed_generator_calls, plan.expected_calls, "FM-02"),
+            ("mesh_current_start_frame", result.mesh_current_start_frame, end_frame, "FM-10"),
+            ("output_digest_i64", digest, result.output_digest_i64, "FM-30"),
+        ):
+            if got != expected:
+                raise TripwireError(
+                    f"the result of chunk {plan.chunk_index}: {name} is {got}, expected {expected}",
+                    fm=fm,
+                    ids=result.ids(),
+                    evidence={"field": name, "got": got, "expected": expected},
+                )
+        return latents_BFCHW
+
+    def _record(
+        self, flight: Flight, result: Result, tRecv_ms: float, inside_ms: float, first: int, arrival: Arrival
+    ) -> None:
+        plan, tEmit_ms = flight.plan, self._now_ms()
+        d_in, d_out = self.comms.depths()
+        record: dict[str, Any] = {
+            "chunk_index": plan.chunk_index,
+            "call_id": result.call_id,
+            "cache_epoch": plan.cache_epoch,
+            "control_epoch": plan.control_epoch,
+            "current_start_frame": plan.current_start_frame,
+            "do_kv_recompute": plan.do_kv_recompute,
+            "num_denoise_steps": plan.num_denoise_steps,
+            "kv_cache_attention_bias": plan.kv_cache_attention_bias,
+            "init_cache": plan.init_cache,
+            "reset_crossattn_cache": plan.reset_crossattn_cache,
+            "expected_generator_calls": plan.expected_calls,
+            "observed_generator_calls": result.observed_generator_calls,
+            "output_digest_i64": result.output_digest_i64,
+            "t_a_ms": flight.tA1_ms - flight.tA0_ms,
+            "t_b_ms": result.t_b_ms,
+            "t_c_ms": tEmit_ms - tRecv_ms - inside_ms,
+            "t_mesh_idle_ms": result.t_mesh_idle_ms,
+            "period_ms": tEmit_ms - self._last_emit_ms,
+            "tA0_ms": flight.tA0_ms,
+            "tA1_ms": flight.tA1_ms,
+            "tArrived_ms": (arrival.arrived_s - self._began_s) * 1e3,
+            "tRecv_ms": tRecv_ms,
+            "tEmit_ms": tEmit_ms,
+            "t_inside_ms": inside_ms,
+            "latents_before_feed": first,
+            "d_in": d_in,
+            "d_out": d_out,
+        }
+        self._last_emit_ms = tEmit_ms
+        self.context.report.chunks.append(record)
+
+    def _report_overlap(self) -> None:
+        found = overlap(self.context.report.chunks)
+        pipeline = self.context.config.pipeline
+        self.context.report.generator |= {
+            "overlap": found.to_dict() if found is not None else None,
+            "d_in": pipeline.d_in,
+            "d_out": pipeline.d_out,
+            "repeated_results": self._repeats,
+        }
+
+    def _now_ms(self) -> float:
+        return (time.monotonic() - self._began_s) * 1e3
