@@ -23,7 +23,7 @@ NOTES: dict[str, str] = {
     "geometry": "Pixels (multiples of 16) and latent frames.",
     "schedule": "Denoising, KV-cache bias, and whether the cache is recomputed from context frames.",
     "plan": "Which plan, on how many mesh ranks.",
-    "pipeline": "Plans pp0 and pp1: depths of the queues, the comms thread, and what a hard cut does with work in flight.",
+    "pipeline": "Plans pp0 and pp1: depths of the queues, the comms thread, what a hard cut does with work in flight.",
     "comm": "Limits of the wire, and deadlines of the process groups in seconds.",
     "liveness": "watchdog_s must be at least three heartbeats.",
     "tripwires": "Cadence of each check in chunks; 0 is off.",
