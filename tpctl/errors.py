@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError, EngineError
 from tpctl.exitcodes import ExitCode
+from tpctl.failuremodes import fm_of, has_runbook, runbook_id
 from tpctl.verdict import Coverage, Finding, Verdict
 
 
@@ -53,25 +53,10 @@ class RunError(CliError):
     cli_exit = ExitCode.NO_SUCH_JOB
 
 
-# Failure mode or code prefix -> runbook. A line is printed only for a runbook that this checkout has.
-RUNBOOKS: dict[str, str] = {
-    "FM-02": "call-count-mismatch",
-    "FM-03": "parity-mismatch",
-    "FM-22": "wrong-group",
-    "FM-40": "peer-lost",
-    "TP-40": "bad-checkpoint",
-    "TP-51": "sink-failed",
-}
-RUNBOOK_DIR = Path(__file__).resolve().parent.parent / "runbooks"
-
-
 def runbook_of(record: dict[str, Any]) -> str | None:
-    """The runbook for an error record, if this checkout has one."""
-    for key in (record.get("fm"), str(record.get("code"))[:5]):
-        name = RUNBOOKS.get(key) if key else None
-        if name and (RUNBOOK_DIR / f"{name}.md").is_file():
-            return f"tpctl runbook show {name}"
-    return None
+    """The command that shows an error record's runbook; None for one that this checkout does not have."""
+    name = runbook_id(fm_of(record), record.get("code"))
+    return f"tpctl runbook show {name}" if name and has_runbook(name) else None
 
 
 def exit_code_of(error: BaseException) -> ExitCode:

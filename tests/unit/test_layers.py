@@ -49,7 +49,7 @@ FIRST_GROUP = (
     "measures",
     "sealed",
 )
-TPCTL_MAY_IMPORT = {*FIRST_GROUP, "wire.header", "wire.problem"}
+TPCTL_MAY_IMPORT = {*FIRST_GROUP, "wire.header", "wire.problem", "referee"}
 TORCH_FREE = (
     "tpctl",
     "tpctl.app",
@@ -57,6 +57,7 @@ TORCH_FREE = (
     *(f"engine.{name}" for name in FIRST_GROUP),
     "engine.wire.header",
     "engine.referee",
+    "engine.referee.judge",
 )
 
 

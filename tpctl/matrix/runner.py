@@ -18,9 +18,10 @@ from tpctl.launch import local
 from tpctl.launch.environment import rank_environment
 from tpctl.matrix import gates
 from tpctl.matrix.cases import Case, Matrix
-from tpctl.matrix.cause import Cause, first_cause, tail
+from tpctl.matrix.cause import Cause, first_cause
 from tpctl.matrix.metrics import metrics
 from tpctl.matrix.observation import Observation, read_reports
+from tpctl.remains import tail
 from tpctl.verdict import Coverage, Finding, Verdict, worst
 
 ASSETS_DEADLINE_S = 600.0

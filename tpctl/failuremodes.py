@@ -1,0 +1,99 @@
+"""The failure modes: one table of what each is called in words, which runbook it has, and what to type next.
+
+An error that names no failure mode of its own is looked up by its code; the longest prefix wins. A damaged frame and
+a full disk are none of the named failure modes: they have a runbook all the same.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FailureMode:
+    """`next` may hold {run}, which stands for the run directory."""
+
+    words: str
+    runbook: str
+    next: str = ""
+
+
+KV_AUDIT, PARITY = "tpctl kv-audit {run}", "tpctl parity-check {run}"
+KERNEL_LOG = "dmesg | grep -i -E 'killed process|segfault'"
+CONFIG = "tpctl config check -c {run}/config.toml"
+
+FAILURE_MODES: dict[str, FailureMode] = {
+    "FM-01": FailureMode("plan or role mismatch", "plan-mismatch", PARITY),
+    "FM-02": FailureMode("call-count mismatch", "call-count-mismatch", KV_AUDIT),
+    "FM-03": FailureMode("conditional collective", "parity-mismatch", PARITY),
+    "FM-04": FailureMode("throw after header", "throw-after-header"),
+    "FM-06": FailureMode("missing override, fallback", "missing-override"),
+    "FM-07": FailureMode("unsupported dtype found late", "unsupported-dtype"),
+    "FM-08": FailureMode("ad-hoc broadcast", "ad-hoc-broadcast"),
+    "FM-10": FailureMode("stale epoch or cache reset drift", "stale-epoch", KV_AUDIT),
+    "FM-15": FailureMode("stale override reused", "stale-override", KV_AUDIT),
+    "FM-17": FailureMode("stale conditioning", "stale-conditioning", KV_AUDIT),
+    "FM-22": FailureMode("wrong group", "wrong-group"),
+    "FM-23": FailureMode("leader failed before its broadcast", "leader-failed"),
+    "FM-30": FailureMode("input drift", "input-drift", KV_AUDIT),
+    "FM-31": FailureMode("weight drift", "weight-drift", CONFIG),
+    "FM-32": FailureMode("cache lifecycle drift", "cache-drift", KV_AUDIT),
+    "FM-40": FailureMode("peer lost", "peer-lost", KERNEL_LOG),
+    "FM-41": FailureMode("peer frozen", "peer-frozen", "tpctl env"),
+    "FM-50": FailureMode("compile asymmetry", "compile-asymmetry", PARITY),
+    "FM-51": FailureMode("graph break", "graph-break"),
+}
+
+
+@dataclass(frozen=True)
+class CodeGroup:
+    fm: str | None
+    runbook: str | None
+
+
+# By prefix of an error's code.
+CODES: dict[str, CodeGroup] = {
+    # A repeated or older call_id is a frame of the past: the nearest failure mode that has a name.
+    "TP-2206": CodeGroup("FM-10", "stale-epoch"),
+    "TP-2208": CodeGroup("FM-10", "stale-epoch"),
+    "TP-2209": CodeGroup("FM-10", "stale-epoch"),
+    "TP-22": CodeGroup(None, "corrupt-frame"),
+    "TP-40": CodeGroup(None, "bad-checkpoint"),
+    "TP-51": CodeGroup(None, "sink-failed"),
+    # Waited in vain for a rank that said nothing.
+    "TP-6401": CodeGroup("FM-41", "peer-frozen"),
+    "TP-6402": CodeGroup("FM-41", "peer-frozen"),
+}
+RUNBOOK_DIR = Path(__file__).resolve().parent.parent / "runbooks"
+NAME = re.compile(r"FM-\d\d")
+
+
+def of_code(code: object) -> CodeGroup:
+    """What a code alone says; nothing for one that is not in the table."""
+    text = str(code)
+    prefixes = [prefix for prefix in CODES if text.startswith(prefix)]
+    return CODES[max(prefixes, key=len)] if prefixes else CodeGroup(None, None)
+
+
+def fm_of(record: dict[str, Any]) -> str | None:
+    """The failure mode of an error record: its own, or the one of its code."""
+    own = record.get("fm")
+    return own if isinstance(own, str) and NAME.fullmatch(own) else of_code(record.get("code")).fm
+
+
+def words_of(fm: str | None) -> str | None:
+    """A failure mode that this version does not know has no words."""
+    return FAILURE_MODES[fm].words if fm in FAILURE_MODES else None
+
+
+def runbook_id(fm: str | None, code: object = None) -> str | None:
+    """The runbook to open, whether this checkout has it or not."""
+    known = FAILURE_MODES.get(fm) if fm else None
+    return known.runbook if known else of_code(code).runbook
+
+
+def has_runbook(name: str) -> bool:
+    return (RUNBOOK_DIR / f"{name}.md").is_file()
