@@ -15,6 +15,7 @@ import selectors
 import signal
 import sys
 import time
+import traceback
 from typing import Any, NoReturn
 
 REFEREE = "referee"
@@ -73,6 +74,8 @@ def _become_rank(wanted: dict[str, Any]) -> NoReturn:
         else:
             from engine.worker import main as work
         code = work(wanted["argv"])
+    except BaseException:  # noqa: BLE001 - the process ends here; its log must say why
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)
