@@ -76,7 +76,7 @@ def bringup(
         raise CliError(f"cannot write {junit}: its directory does not exist", next_step=f"mkdir -p {junit.parent}")
     directory = new_run_dir(run_dir)
     out.say(f"run directory: {directory}")
-    if any(item.kind == "run" and item.expect == "pass" for item in chosen.cases):
+    if any(item.kind == "drill" or (item.kind == "run" and item.expect == "pass") for item in chosen.cases):
         out.say("making weights and tokenizer, where they are not there yet")
         make_assets(base, directory)
     here = baselines.key()

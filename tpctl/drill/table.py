@@ -18,6 +18,7 @@ TP_EVERYWHERE = 4
 class Drill:
     """One row of `tpctl/matrix/drills.toml`, defaults filled in. `fault` is the id that `engine.faults` knows.
 
+    `repeats` names the drill that this one repeats with another victim.
     `kind` is the referee's verdict, where it is the referee that finds the fault; `referee` is whether there is one.
     """
 
@@ -38,6 +39,7 @@ class Drill:
     kind: tuple[str, ...] = ()
     referee: bool = True
     everywhere: bool = False
+    repeats: str | None = None
     says: tuple[str, ...] = ()
     drift: bool = False
     differs: str = ""
@@ -74,6 +76,7 @@ def load() -> tuple[Drill, ...]:
                     drill,
                     id=f"{drill.id}.{place}",
                     title=f"{drill.title}; {place} of {TP_EVERYWHERE}",
+                    repeats=drill.id,
                     tp=TP_EVERYWHERE,
                     victim_rank=rank,
                 )

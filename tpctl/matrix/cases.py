@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import dotted_keys, read_toml
-from engine.plan import TP_PLANS, canonical_plan
+from engine.plan import TP_PLANS, V1, canonical_plan
 from engine.timeline import Timeline
+from tpctl.drill import table as drilltable
 from tpctl.errors import MatrixError
 from tpctl.matrix.gates import GATES
 
 KINDS = ("run", "parity")
+# What `drills = ` of a matrix file may ask for: each once, or each at every place that its table names.
+DRILLS = ("none", "each", "everywhere")
 EXPECT = ("pass", "refused")
 KEYS = (
     "id",
@@ -37,7 +40,10 @@ KEYS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the matrix. `reference` is the single-process case it must equal, `differs_from` one it must not."""
+    """One cell of the matrix. `reference` is the single-process case it must equal, `differs_from` one it must not.
+
+    `kind` is `run`, `parity`, or `drill`: then `id` is the drill's, and the table of drills has the demands.
+    """
 
     id: str
     title: str
@@ -94,11 +100,11 @@ def load_matrix(path: Path) -> Matrix:
 
     Raises:
         ConfigError: not readable, not TOML, or a timeline that cannot be.
-        MatrixError: an unknown key, gate, plan or case name, or a wrong type.
+        MatrixError: an unknown key, gate, plan, drill or case name, or a wrong type.
     """
     data = read_toml(path)
     where = path.name
-    _only(data, ("title", "defaults", "case"), where)
+    _only(data, ("title", "defaults", "case", "drills"), where)
     defaults = data.get("defaults", {})
     _only(defaults, KEYS, f"{where}: [defaults]")
     rows = data.get("case", [])
@@ -116,7 +122,27 @@ def load_matrix(path: Path) -> Matrix:
                     code="TP-7305",
                 )
         seen.append(case.id)
-    return Matrix(str(data.get("title", where)), where, cases)
+    return Matrix(str(data.get("title", where)), where, cases + _drills(data.get("drills", "none"), where))
+
+
+def _drills(wanted: Any, where: str) -> tuple[Case, ...]:
+    """A case for each drill that the matrix asks for, behind its other cases."""
+    if wanted not in DRILLS:
+        raise MatrixError(f"{where}: drills must be one of {', '.join(DRILLS)}, is {wanted!r}", code="TP-7306")
+    drills = drilltable.load() if wanted != "none" else ()
+    return tuple(
+        Case(
+            drill.id,
+            drill.title,
+            "drill",
+            V1,
+            drill.tp,
+            int(drill.config["run.chunks"]),
+            deadline_s=drill.deadline_s,
+        )
+        for drill in drills
+        if wanted == "everywhere" or not drill.repeats
+    )
 
 
 def _case(row: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> Case:

@@ -32,6 +32,8 @@ COLUMNS = (
     Column("b ms", "t_b_p50_ms", narrow=False, right=True),
     Column("c ms", "t_c_p50_ms", narrow=False, right=True),
     Column("fps", "fps", right=True),
+    Column("named ms", "first_failure_ms", narrow=False, right=True),
+    Column("gone ms", "gone_ms", narrow=False, right=True),
     Column("gates", "gates", narrow=False, right=True),
     Column("down s", "teardown_s", narrow=False, right=True),
     Column("wall s", "wall_s", narrow=False, right=True),
@@ -73,6 +75,10 @@ def note(result: CaseResult) -> str:
         return "refused"
     if result.case.kind == "run" and result.case.reference is None:
         return "reference"
+    if result.case.kind == "drill":
+        figures = result.metrics
+        gone = f", gone in {figures['gone_ms']:.0f} ms" if figures.get("gone_ms") is not None else ""
+        return f"{figures.get('code') or ''} {figures.get('fm') or ''}".strip() + gone
     return ""
 
 

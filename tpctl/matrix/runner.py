@@ -13,6 +13,9 @@ from typing import Any, Protocol
 
 from engine.config import EngineConfig, from_dict
 from engine.errors import ConfigError
+from tpctl.drill import table as drilltable
+from tpctl.drill.ranks import Nursery
+from tpctl.drill.runner import DrillRunner
 from tpctl.errors import LaunchError
 from tpctl.launch import local
 from tpctl.launch.environment import rank_environment
@@ -90,15 +93,23 @@ class Runner:
         """
         seen: dict[str, Observation] = {}
         stopped = False
-        for case in matrix.cases:
-            if stopped:
-                results.append(self.not_run(case, "an earlier case failed, and --fail-fast was given"))
-                continue
-            self.progress.start(case)
-            result = self._parity(case) if case.kind == "parity" else self._case(case, seen)
-            results.append(result)
-            self.progress.done(result)
-            stopped = self.fail_fast and result.verdict not in (Verdict.PASS, Verdict.WARN)
+        with contextlib.ExitStack() as resources:
+            drills: DrillRunner | None = None
+            for case in matrix.cases:
+                if stopped:
+                    results.append(self.not_run(case, "an earlier case failed, and --fail-fast was given"))
+                    continue
+                self.progress.start(case)
+                if case.kind == "drill":
+                    if drills is None:
+                        nursery = resources.enter_context(Nursery(self.run_dir / "nursery.log"))
+                        drills = DrillRunner(nursery, self.base, self.run_dir)
+                    result = self._drill(case, drills)
+                else:
+                    result = self._parity(case) if case.kind == "parity" else self._case(case, seen)
+                results.append(result)
+                self.progress.done(result)
+                stopped = self.fail_fast and result.verdict not in (Verdict.PASS, Verdict.WARN)
 
     def not_run(self, case: Case, why: str) -> CaseResult:
         finding = Finding("run", Verdict.UNCHECKED, f"not run: {why}")
@@ -183,6 +194,17 @@ class Runner:
             text = tomli_w.dumps({"event": [dict(event) for event in case.events]})
             (directory / "timeline.toml").write_text(text, encoding="utf-8")
         return path
+
+    def _drill(self, case: Case, drills: DrillRunner) -> CaseResult:
+        """A broken job, and how it died: each demand of the table of drills is a gate."""
+        started = time.monotonic()
+        (drill,) = (drill for drill in drilltable.load() if drill.id == case.id)
+        result = drills.run(drill)
+        record = result.to_dict()
+        figures = {key: record[key] for key in ("first_failure_ms", "gone_ms", "code", "fm", "blame")}
+        return CaseResult(
+            case, self.run_dir / case.id, result.findings, {**figures, "wall_s": time.monotonic() - started}
+        )
 
     def _parity(self, case: Case) -> CaseResult:
         """The ranks of a launch of this size, before it: same configuration, versions and code?"""
