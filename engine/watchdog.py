@@ -17,7 +17,7 @@ from engine.lifecycle import RankExit
 
 @dataclass(frozen=True)
 class Deadline:
-    """When (monotonic seconds) a wait is over its budget, what the rank dies of then, and which failure mode that is."""
+    """When (monotonic seconds) a wait is over its budget, what the rank dies of then, and of which failure mode."""
 
     name: str
     at_s: float
