@@ -33,6 +33,8 @@ JOIN_EVERY_NS = 50_000_000
 # How long the store may take to say which verdict came first, and to take the last summary.
 AGREE_MS = 300
 FLUSH_S = 0.5
+# How long a verdict that could not be put there yet is worth waiting for at the end.
+LAST_WORD_S = 3.0
 # How long other hosts get to tell why this host's ranks ended badly.
 LINGER_NS = 1_500_000_000
 # How long a host may be silent while a rank waits for it.
@@ -69,6 +71,7 @@ class Referee:
         self._looks = 0
         self._joined_ns = 0
         self._over_ns = 0
+        self._decided = False
         self._caution = Caution()
         self._waits = Waits()
 
@@ -101,7 +104,7 @@ class Referee:
         """Tell the other hosts how it ended here."""
         if self.hosts is not None:
             self._publish(self.hosts, self._look(), self.hosts.remotes(), leaving=True)
-            self.hosts.flush(FLUSH_S)
+            self.hosts.flush(FLUSH_S if self.hosts.told is not None or not self._decided else LAST_WORD_S)
             self._say_all()
 
     def _look(self) -> Snapshot:
@@ -133,12 +136,13 @@ class Referee:
         """With other hosts, the verdict that came first to the store stands. One that cannot be put there stands too,
         for this host."""
         told: tuple[Verdict, str | None] = (verdict, None)
-        if self.hosts is not None and self.hosts.slot is not None:
-            self.hosts.propose(verdict)
+        if self.hosts is not None:
+            self.hosts.propose(verdict)  # if the store cannot be reached yet, it is put there before this one leaves
             poller = select.poll()
             poller.register(self.hosts.bell, select.POLLIN)
             poller.poll(AGREE_MS)
             told = self.hosts.told or told
+        self._decided = True
         return self._carry_out(*told, snapshot)
 
     def _may_leave(self, local: Snapshot) -> bool:

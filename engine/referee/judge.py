@@ -21,18 +21,14 @@ from engine.blackbox import Collective, Members
 from engine.comm.group import ALLOWED, Phase
 from engine.lifecycle import RankExit
 from engine.referee import words
-from engine.referee.snapshot import Life, Seat, Snapshot
-
-# How long the true cause of an ending may take to show, once its victims' endings are seen.
-SETTLE_NS = 200_000_000
-# How long the ranks that decide a majority may take to arrive at a place where others differ already.
-MAJORITY_NS = 50_000_000
+from engine.referee.snapshot import MAJORITY_NS, SETTLE_NS, Life, Seat, Snapshot
 
 # Ended by another rank's end, or because they were told to: not a cause while there is any other.
 VICTIMS = frozenset({int(RankExit.PEER_ERROR), int(RankExit.TRANSPORT)})
 WAITED = frozenset({int(RankExit.ORPHANED), int(RankExit.PHASE_BUDGET)})
 TOLD = "TP-6403"
 SIGTERM = 15
+__all__ = ["MAJORITY_NS", "SETTLE_NS", "Kind", "Verdict", "judge", "needed", "odd_ones"]
 
 
 class Kind(StrEnum):
@@ -85,7 +81,7 @@ def _mismatch(snapshot: Snapshot) -> Verdict | None:
         triggers = odd_ones({rank: entry.hash_u64 for rank, entry in entered.items()}, len(group.ranks))
         provable_ns = max(entry.t_ns for entry in entered.values())
         to_come = [r for r in group.ranks if r not in entered and r in snapshot.seats and not snapshot.seats[r].left]
-        if not triggers and to_come and snapshot.t_ns - provable_ns < MAJORITY_NS:
+        if not triggers and to_come and snapshot.t_ns - provable_ns < snapshot.majority_ns:
             continue
         what = "; ".join(words.did(rank, entered[rank]) for rank in _first(entered, triggers))
         return Verdict(
@@ -226,7 +222,7 @@ def _aftermath(snapshot: Snapshot) -> Verdict | None:
     if snapshot.all_gone:
         # All of them were told to leave: that is an order, not a failure.
         return None if _told(seat) else _ended(snapshot, seat)
-    if snapshot.t_ns - min(other.ended_ns for other in ended) < SETTLE_NS:
+    if snapshot.t_ns - min(other.ended_ns for other in ended) < snapshot.settle_ns:
         return None
     return _lost(snapshot, [seat]) if _killed(seat) else _ended(snapshot, seat)
 

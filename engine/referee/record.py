@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ NAME = "referee.json"
 
 @dataclass
 class Record:
-    """Written when the verdict falls, and again when every rank is gone. Times in milliseconds."""
+    """Written when the verdict falls, and again when every local rank is gone. Times in milliseconds.
+
+    `told_by` is the host whose verdict this is, None if it is our own; `hosts` the host of each rank that is not here.
+    """
 
     path: Path
     verdict: Verdict
@@ -30,6 +34,8 @@ class Record:
     killed: Sequence[int] = ()
     all_gone_ms: float | None = None
     host: str = field(default_factory=socket.gethostname)
+    told_by: str | None = None
+    hosts: Mapping[int, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         verdict, seats = self.verdict, self.snapshot.seats
@@ -43,6 +49,7 @@ class Record:
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,
             "host": self.host,
+            "told_by": self.told_by,
             "verdict": {
                 "kind": verdict.kind.value,
                 "fm": verdict.fm,
@@ -52,13 +59,15 @@ class Record:
                 "message": verdict.message,
             },
             "ranks": [
-                words.seat_record(seat) | {"entered": words.entry_record(entered.get(rank))}
+                words.seat_record(seat)
+                | {"host": self.hosts.get(rank, self.host), "entered": words.entry_record(entered.get(rank))}
                 for rank, seat in sorted(seats.items())
             ],
             "unseen": [rank for rank in self.snapshot.expected if rank not in seats],
+            "to_find": self.snapshot.to_find,
             "times": {
                 "decided_unix": time.time() - (time.monotonic_ns() - self.decided_ns) / 1e9,
-                "provable_to_decided_ms": (self.decided_ns - verdict.provable_ns) / 1e6,
+                "provable_to_decided_ms": max(0, self.decided_ns - verdict.provable_ns) / 1e6,
                 "decided_to_all_gone_ms": self.all_gone_ms,
             },
             "killed": sorted(self.killed),
@@ -67,7 +76,8 @@ class Record:
     def write(self) -> None:
         """Replace the file whole. A full disk must not keep the referee from its work: it says so and goes on."""
         try:
-            temporary = self.path.with_suffix(".tmp")
+            # Hosts may share the directory.
+            temporary = self.path.with_name(f"{self.path.name}.{self.host}.{os.getpid()}.tmp")
             temporary.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
             temporary.replace(self.path)
         except OSError as error:
@@ -75,4 +85,5 @@ class Record:
 
     def say(self) -> None:
         fm = f" [{self.verdict.fm}]" if self.verdict.fm else ""
-        print(f"referee: {self.verdict.kind}{fm}: {self.verdict.message}", file=sys.stderr, flush=True)
+        by = f" (told by {self.told_by})" if self.told_by else ""
+        print(f"referee: {self.verdict.kind}{fm}: {self.verdict.message}{by}", file=sys.stderr, flush=True)

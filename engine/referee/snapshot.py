@@ -10,6 +10,9 @@ from typing import Any
 from engine.blackbox import Collective, Members
 from engine.lifecycle import RankState
 
+SETTLE_NS = 200_000_000
+MAJORITY_NS = 50_000_000
+
 
 class Life(StrEnum):
     """The kernel's word on a rank's process. `STOPPED` is confirmed: by job control, not by a debugger."""
@@ -94,13 +97,23 @@ class Difference:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All local ranks. One that is in `expected` but not in `seats` was not seen yet: unknown, not healthy."""
+    """The ranks. One that is in `expected` but not in `seats` was not seen yet: unknown, not healthy.
+
+    `to_find` is how many more there are, not known by number yet. `settle_ns` is how long the true cause of an ending
+    may take to show, once its victims' endings are seen; `majority_ns` how long the ranks that decide a majority may
+    take to arrive at a place where others differ already. Both are longer where ranks of other hosts are in `seats`.
+    """
 
     t_ns: int
     expected: tuple[int, ...]
     seats: Mapping[int, Seat]
     differences: tuple[Difference, ...] = ()
+    to_find: int = 0
+    settle_ns: int = SETTLE_NS
+    majority_ns: int = MAJORITY_NS
 
     @property
     def all_gone(self) -> bool:
-        return all(rank in self.seats and self.seats[rank].life is Life.GONE for rank in self.expected)
+        return self.to_find == 0 and all(
+            rank in self.seats and self.seats[rank].life is Life.GONE for rank in self.expected
+        )

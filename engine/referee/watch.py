@@ -11,6 +11,7 @@ from pathlib import Path
 
 from engine.blackbox import BlackBoxError, Box, Collective, Live, Members, start_ticks, unpack_collective
 from engine.lifecycle import RankState
+from engine.referee.find import Finder
 from engine.referee.ledgers import Ledgers
 from engine.referee.snapshot import Ending, Life, Seat, Snapshot
 
@@ -147,22 +148,40 @@ class RankWatch:
 
 
 class Watch:
-    """All local ranks."""
+    """All local ranks: those named, or `local` of them, to be found by their black boxes (see `Finder`)."""
 
-    def __init__(self, run_dir: Path, ranks: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        ranks: tuple[int, ...] = (),
+        *,
+        local: int = 0,
+        carrying: str | None = None,
+        keep: bool = False,
+    ) -> None:
         self.run_dir = run_dir
         self.expected = ranks
         self.ranks: dict[int, RankWatch] = {}
-        self.ledgers = Ledgers(ranks)
+        self.slept = False
         self.unreadable: dict[int, str] = {}
         self._born_ns = time.monotonic_ns()
         self._looked_ns = self._born_ns
+        self._searched_ns = 0
+        self._finder = Finder(run_dir, local, self._born_ns, carrying) if local else None
+        self.ledgers = Ledgers(ranks, complete=self.to_find == 0, keep=keep)
+
+    @property
+    def to_find(self) -> int:
+        """How many local ranks are still to be found; which ones they are is not known."""
+        return self._finder.count - len(self.expected) if self._finder is not None else 0
 
     def look(self) -> Snapshot:
         """The moment's snapshot. A rank whose box cannot be read is left out: unknown."""
         now_ns = time.monotonic_ns()
-        slept = now_ns - self._looked_ns > SLEPT_NS
+        self.slept = slept = now_ns - self._looked_ns > SLEPT_NS
         self._looked_ns = now_ns
+        if self.to_find and now_ns - self._searched_ns >= STATE_EVERY_NS:
+            self._search(now_ns)
         for rank in self.expected:
             if rank not in self.ranks:
                 self._meet(rank)
@@ -172,7 +191,15 @@ class Watch:
                 seats[rank] = watch.look(self.ledgers, now_ns, slept)
             except (BlackBoxError, OSError) as error:
                 self.unreadable[rank] = str(error)
-        return Snapshot(now_ns, self.expected, seats, self.ledgers.differences(seats))
+        return Snapshot(now_ns, self.expected, seats, self.ledgers.differences(seats), self.to_find)
+
+    def _search(self, now_ns: int) -> None:
+        assert self._finder is not None
+        self._searched_ns = now_ns
+        found = self._finder.find(frozenset(self.expected))
+        if found:
+            self.expected = tuple(sorted((*self.expected, *found)))
+            self.ledgers.adopt(self.expected, complete=self.to_find == 0)
 
     def pidfds(self) -> dict[int, int]:
         """Of the ranks that are not known to be gone."""
