@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import dotted_keys, read_toml
-from engine.plan import TP_PLANS, V1, canonical_plan
+from engine.plan import PLANS, PP_PLANS, V1, canonical_plan
 from engine.timeline import Timeline
 from tpctl.drill import table as drilltable
 from tpctl.errors import MatrixError
@@ -58,6 +58,11 @@ class Case:
     gates: tuple[str, ...] = ()
     reference: str | None = None
     differs_from: str | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Of the whole job: with a pp plan, rank 0 stands before the mesh."""
+        return self.tp + (1 if self.plan in PP_PLANS else 0)
 
     def needs(self) -> tuple[str, ...]:
         """Cases that must have run before this one."""
@@ -164,8 +169,8 @@ def _case(row: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> Ca
         if merged.get(key, choices[0]) not in choices:
             raise MatrixError(f"{where}: {key} must be one of {', '.join(choices)}, is {merged[key]!r}", code="TP-7306")
     plan = canonical_plan(str(merged.get("plan", Case.plan)))
-    if plan not in TP_PLANS:
-        raise MatrixError(f"{where}: unknown plan '{plan}'{_near(plan, TP_PLANS)}", code="TP-7307")
+    if plan not in PLANS:
+        raise MatrixError(f"{where}: unknown plan '{plan}'{_near(plan, PLANS)}", code="TP-7307")
     gates = tuple(merged.get("gates", ()))
     for gate in gates:
         if gate not in GATES:

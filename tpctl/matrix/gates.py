@@ -48,7 +48,7 @@ def _judge(name: str, ok: bool, message: str, value: Any, limit: Any) -> Finding
 
 
 def _missing(seen: Observation) -> list[int]:
-    return [rank for rank in range(seen.case.tp) if rank not in seen.reports]
+    return [rank for rank in range(seen.case.ranks) if rank not in seen.reports]
 
 
 @gate("refused")
@@ -97,6 +97,19 @@ def pixels_equal(seen: Observation) -> Finding:
         return pair
     error = max(int(abs(pair[0][key].astype("int16") - pair[1][key].astype("int16")).max()) for key in pair[1])
     return _judge("pixels-equal", error <= PIXEL_LIMIT, f"largest pixel difference {error}", error, PIXEL_LIMIT)
+
+
+@gate("identical")
+def identical(seen: Observation) -> Finding:
+    """Latents and pixels of every chunk are the reference's, bit for bit."""
+    different = 0
+    for kind in ("latents", "pixels"):
+        pair = _pair(seen, "identical", kind)
+        if isinstance(pair, Finding):
+            return pair
+        different += sum(not bool((pair[0][key] == pair[1][key]).all()) for key in pair[1])
+    words = f"{different} arrays differ" if different else "latents and pixels are the reference's, bit for bit"
+    return _judge("identical", not different, words, different, 0)
 
 
 def relative_error(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
@@ -174,9 +187,10 @@ def digests(seen: Observation) -> Finding:
     if _missing(seen):
         return unknown("digests", f"no report of rank {', '.join(map(str, _missing(seen)))}")
     compared, absent = 0, 0
+    mesh = {rank: report for rank, report in seen.reports.items() if report.get("mesh_rank", 0) >= 0}
     for index in range(seen.case.chunks):
         for name in ("input_digest_i64", "output_digest_i64"):
-            values = {rank: report["chunks"][index][name] for rank, report in seen.reports.items()}
+            values = {rank: report["chunks"][index][name] for rank, report in mesh.items()}
             if any(value is None for value in values.values()):
                 absent += 1
             elif len(set(values.values())) > 1:
@@ -224,6 +238,18 @@ def account(seen: Observation) -> Finding:
     ok = balanced and found["emitted"] == seen.case.chunks
     words = ", ".join(f"{found[key]} {key}" for key in ("accepted", "emitted", "dropped", "abandoned"))
     return _judge("account", ok, words, found["emitted"], seen.case.chunks)
+
+
+@gate("account-with-drops")
+def account_with_drops(seen: Observation) -> Finding:
+    """accepted = emitted + dropped + abandoned with work dropped as stale by a hard cut, and nothing abandoned."""
+    found = seen.leader.get("account")
+    if not found:
+        return unknown("account-with-drops", "rank 0 reported no account")
+    balanced = found["accepted"] == found["emitted"] + found["dropped"] + found["abandoned"]
+    ok = balanced and found["dropped"] > 0 and found["emitted"] > 0 and not found["abandoned"]
+    words = ", ".join(f"{found[key]} {key}" for key in ("accepted", "emitted", "dropped", "abandoned"))
+    return _judge("account-with-drops", ok, words, found["dropped"], "at least 1")
 
 
 @gate("leftovers")
