@@ -34,6 +34,7 @@ class RankReport:
     error: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
     effective: dict[str, str] = field(default_factory=dict)
+    parity: dict[str, str] = field(default_factory=dict)  # what the start-up handshake compared
     times: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     generator: dict[str, Any] = field(default_factory=dict)

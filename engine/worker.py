@@ -80,7 +80,8 @@ class Worker:
         meeting.meet("join", comm.join_timeout_s)
         groups = create_groups(self.env, self.config, self.topology, meeting, self.blackbox)
         faults.before_handshake(self.config, self.env.rank, self.blackbox)
-        parity.check(groups.world, parity.launch_observation(self.config), "configuration, versions or environment")
+        report.parity = parity.launch_observation(self.config)
+        parity.check(groups.world, report.parity, "configuration, versions or environment")
         report.times["join_s"] = age_s()
 
         report.move(RankState.LOADING)

@@ -1,6 +1,6 @@
 """The start-up handshake: what must be equal on every rank is proved equal before any chunk.
 
-Ranks exchange one hash first; the details travel only if the hashes differ.
+Ranks exchange one hash first; the details travel only if the hashes differ, and then only what differs.
 """
 
 from __future__ import annotations
@@ -9,15 +9,25 @@ import hashlib
 import json
 import os
 import platform
+import struct
 from collections import Counter
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from engine.comm.group import Group
 from engine.config import EngineConfig
 from engine.errors import ParityError
 
+if TYPE_CHECKING:
+    import torch
+
+PROTOCOL = 2  # of this exchange; ranks of another one are refused after the first hash
+DETAIL_BYTES = 2048  # of differing values that one rank sends
+VALUE_CHARS, VALUE_HEAD = 96, 48  # longer values travel as their head, length and hash
+RANKS_SAID, RANKS_TOLD = 8, 16  # in the sentence, in the record
+NOT_SENT = "(not sent)"
 LIBRARIES = ("torch", "numpy", "safetensors")
 # Variables that change arithmetic, threads or the order of collectives.
 ENVIRONMENT = (
@@ -29,6 +39,8 @@ ENVIRONMENT = (
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "NVIDIA_TF32_OVERRIDE",
     "ATEN_CPU_CAPABILITY",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
 )
 
 
@@ -60,25 +72,78 @@ def shape_observation(config: EngineConfig, mesh_size: int, effective: Mapping[s
 def check(group: Group, observation: Mapping[str, str], what: str) -> None:
     """Compare `observation` over the group.
 
+    Equal everywhere: one all-gather of 48 bytes a rank, whatever the observation's size. A difference: the leader's
+    values once, then from each rank the values that are not the leader's, `DETAIL_BYTES` at most. All ranks decide by
+    what all of them received, so they make the same collectives and raise together.
+
     Raises:
         ParityError: on every rank of the group alike, with value by rank for each key that differs.
     """
     import torch
 
-    text = json.dumps(observation, sort_keys=True).encode()
-    words = torch.frombuffer(
-        bytearray(hashlib.sha256(text).digest() + len(text).to_bytes(8, "little")), dtype=torch.int64
-    )
+    seen = {key: _short(value) for key, value in observation.items()}
+    own = json.dumps(seen, sort_keys=True).encode()
+    digest = hashlib.sha256(json.dumps(observation, sort_keys=True).encode()).digest()
+    words = torch.frombuffer(bytearray(digest + struct.pack("<qq", len(own), PROTOCOL)), dtype=torch.int64)
     gathered = torch.stack(group.all_gather(words))
     if bool((gathered[:, :4] == gathered[0, :4]).all()):
         return
-    longest = int(gathered[:, 4].max())
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    by_rank = {}
-    for rank, size, raw in zip(group.members, gathered[:, 4].tolist(), group.all_gather(padded), strict=True):
-        by_rank[int(rank)] = json.loads(raw[: int(size)].numpy().tobytes())
-    raise _error(by_rank, what)
+    members = [int(rank) for rank in group.members]
+    protocols = gathered[:, 5].tolist()
+    if set(protocols) != {PROTOCOL}:
+        # Ranks that compare in different ways must not begin: they would wait for each other.
+        raise _error({rank: {"protocol": str(one)} for rank, one in zip(members, protocols, strict=True)}, what)
+    text = _bytes(own, int(gathered[0, 4]))
+    leader = json.loads(group.broadcast(text).numpy().tobytes())
+    detail = json.dumps(_detail(leader, seen)).encode()
+    sizes = torch.stack(group.all_gather(torch.tensor([len(detail)]))).flatten().tolist()
+    parts = group.all_gather(_bytes(detail, max(sizes)))
+    received = [json.loads(raw[:size].numpy().tobytes()) for size, raw in zip(sizes, parts, strict=True)]
+    raise _error(_by_rank(leader, dict(zip(members, received, strict=True))), what)
+
+
+def _short(value: str) -> str:
+    """A long value by its beginning, length and hash: still unequal to any other, and small at any number of ranks."""
+    if len(value) <= VALUE_CHARS:
+        return value
+    digest = hashlib.sha256(value.encode()).hexdigest()[:16]
+    return f"{value[:VALUE_HEAD]}... ({len(value)} characters, sha256 {digest})"
+
+
+def _bytes(text: bytes, size: int) -> torch.Tensor:
+    """uint8 [size]: the text, cut or padded with zeros."""
+    import torch
+
+    padded = bytearray(size)
+    padded[: min(len(text), size)] = text[:size]
+    return torch.frombuffer(padded, dtype=torch.uint8)
+
+
+def _detail(leader: Mapping[str, str], seen: Mapping[str, str]) -> dict[str, Any]:
+    """What is not as at the leader, in order of keys, as much as fits. `upto` is the last key that was looked at."""
+    differing = [key for key in sorted(leader.keys() | seen.keys()) if leader.get(key) != seen.get(key)]
+    detail: dict[str, Any] = {"values": {}, "upto": None}
+    room = DETAIL_BYTES
+    for key in differing:
+        room -= len(json.dumps({key: seen.get(key)}).encode())
+        if room < 0 and detail["values"]:
+            detail["upto"] = list(detail["values"])[-1]
+            break
+        detail["values"][key] = seen.get(key)
+    return detail
+
+
+def _by_rank(leader: Mapping[str, str], details: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, str]]:
+    """The values of each rank for the keys that anybody sent. What a rank had no room for is said to be so."""
+    keys = sorted({key for detail in details.values() for key in detail["values"]})
+    found: dict[int, dict[str, str]] = {}
+    for rank, detail in details.items():
+        values, upto = detail["values"], detail["upto"]
+        row = {key: values[key] if key in values else leader.get(key) for key in keys}
+        if upto is not None:
+            row |= {key: NOT_SENT for key in keys if key > upto and key not in values}
+        found[rank] = {key: value for key, value in row.items() if value is not None}
+    return found
 
 
 def differences(by_rank: Mapping[int, Mapping[str, str]]) -> dict[str, dict[int, str]]:
@@ -105,23 +170,51 @@ def code_identity() -> str:
 
 def _error(by_rank: Mapping[int, Mapping[str, str]], what: str) -> ParityError:
     table = differences(by_rank)
-    first = next(iter(table))
-    lines = [
-        f"{key}: " + ", ".join(f"rank {rank} = {value}" for rank, value in row.items()) for key, row in table.items()
-    ]
-    odd = minority(table[first])
+    first = next(iter(table), "")
+    lines = [f"{key}: {_said(row)}" for key, row in table.items()]
+    odd = minority(table[first]) if table else []
     blame = f"; the odd one out is rank {odd[0]}" if len(odd) == 1 else ""
     more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
     plan_differs = any(key.startswith("config.plan.") for key in table)
     return ParityError(
         f"ranks differ in {what}: " + "; ".join(lines[:4]) + more + blame,
         fm="FM-01" if plan_differs else ("FM-50" if first.startswith("effective.") else "FM-03"),
-        evidence={"differences": {key: {str(r): v for r, v in row.items()} for key, row in table.items()}},
+        evidence={
+            "differences": {key: {str(r): v for r, v in _told(row).items()} for key, row in table.items()},
+            "minority": odd[:RANKS_TOLD],
+            "ranks": len(by_rank),
+        },
     )
+
+
+def _said(row: Mapping[int, str]) -> str:
+    """Value by rank where that can be read; of many ranks, who holds which value."""
+    if len(row) <= RANKS_SAID:
+        return ", ".join(f"rank {rank} = {value}" for rank, value in row.items())
+    holders: dict[str, list[int]] = {}
+    for rank, value in row.items():
+        holders.setdefault(value, []).append(rank)
+    rare_first = sorted(holders.items(), key=lambda item: len(item[1]))
+    said = [
+        f"{f'rank {ranks[0]}' if len(ranks) == 1 else f'{len(ranks)} ranks from rank {ranks[0]} on'} = {value}"
+        for value, ranks in rare_first[:RANKS_SAID]
+    ]
+    left = len(rare_first) - len(said)
+    return ", ".join(said) + (f", and {left} more values" if left else "")
+
+
+def _told(row: Mapping[int, str]) -> Mapping[int, str]:
+    """A row for the record. Of many ranks: those outside the majority, and one that stands for it."""
+    odd = minority(row)
+    if len(row) <= RANKS_TOLD:
+        return row
+    usual = next(rank for rank in row if rank not in odd)
+    kept = odd[:RANKS_TOLD] if odd else list(row)[:RANKS_TOLD]
+    return {rank: row[rank] for rank in sorted({usual, *kept})}
 
 
 def _version(name: str) -> str:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return "(missing)"
+        return "not installed"
