@@ -27,6 +27,7 @@ from engine.referee.snapshot import MAJORITY_NS, SETTLE_NS, Life, Seat, Snapshot
 VICTIMS = frozenset({int(RankExit.PEER_ERROR), int(RankExit.TRANSPORT)})
 WAITED = frozenset({int(RankExit.ORPHANED), int(RankExit.PHASE_BUDGET)})
 TOLD = "TP-6403"
+MESSAGE = "message"
 SIGTERM = 15
 __all__ = ["MAJORITY_NS", "SETTLE_NS", "Kind", "Verdict", "judge", "needed", "odd_ones"]
 
@@ -151,8 +152,9 @@ def needed(seat: Seat, entry: Collective | None, snapshot: Snapshot) -> set[int]
     """Local ranks without which a rank's collective cannot complete, and which have not entered it.
 
     A broadcast is sure to need its leader only; the leader itself may be done as soon as its bytes are on the way.
+    A message of a pp link needs nobody: its receive is posted ahead, and the rank goes on with other things.
     """
-    if entry is None or entry.group not in seat.groups:
+    if entry is None or entry.group not in seat.groups or entry.op == MESSAGE:
         return set()
     group = seat.groups[entry.group]
     partners: Iterable[int] = group.ranks

@@ -16,7 +16,9 @@ from tpctl.matrix.gates import GATES, evaluate, relative_error
 from tpctl.matrix.metrics import metrics
 from tpctl.verdict import Coverage, Verdict, worst
 
-COMMON = [name for name in GATES if name not in ("refused", "cut-repeats", "prompt-changes-output")]
+COMMON = [
+    name for name in GATES if name not in ("refused", "cut-repeats", "prompt-changes-output", "account-with-drops")
+]
 
 
 def seen(tmp_path: Path, edit=lambda reports: None, edit_tensors=lambda latents, pixels: None, **kwargs):
@@ -51,12 +53,17 @@ def drop(rank: int):
     return edit
 
 
+DROPS = {"accepted": 3, "emitted": 2, "dropped": 1, "abandoned": 0}
 ACCOUNT = {"accepted": 3, "emitted": 2, "dropped": 0, "abandoned": 0}
 
 
 @pytest.mark.parametrize(
     ("name", "edit", "verdict"),
     [
+        ("account-with-drops", set_report(0, account=DROPS), Verdict.PASS),
+        ("account-with-drops", set_report(0, account=DROPS | {"dropped": 0}), Verdict.FAIL),
+        ("account-with-drops", set_report(0, account=DROPS | {"dropped": 0, "emitted": 3}), Verdict.FAIL),
+        ("account-with-drops", set_report(0, account=None), Verdict.UNKNOWN),
         ("exit-codes", set_report(1, exit_code=70), Verdict.FAIL),
         ("exit-codes", set_report(1, exit_code=None), Verdict.UNKNOWN),
         ("exit-codes", drop(1), Verdict.UNKNOWN),

@@ -12,10 +12,13 @@ import pytest
 
 from engine.config import EngineConfig, from_dict
 from engine.errors import GeometryError
+from engine.plan import PP_PLANS
 from tests.cli.conftest import validated
 from tests.cli.runs import CASE, OUTCOME, observe, write_run
 from tpctl.commands.bringup import envelope_of, exit_code, with_baseline
 from tpctl.commands.schema import load_schema
+from tpctl.drill.table import load
+from tpctl.errors import MatrixError
 from tpctl.exitcodes import ExitCode
 from tpctl.matrix import baseline, report
 from tpctl.matrix.cases import Matrix, builtin, load_matrix
@@ -36,6 +39,13 @@ LEVEL2 = [
     "v1.1c-recompute-off",
     "prompt-change",
     "hard-cut",
+    "pp0-r1",
+    "pp0-r0a",
+    "pp0-r0a-decode-first",
+    "pp0-r0",
+    "pp1-tp1-r0a",
+    "pp1-tp2-r0a",
+    "pp-hardcut-inflight",
 ]
 
 
@@ -46,8 +56,22 @@ class Silent:
 
 
 def test_level_2_has_every_case_of_the_issue():
-    ids = [case.id for case in builtin(2).cases]
-    assert [case for case in ids if not case.startswith("ref-")] == LEVEL2
+    cases = builtin(2).cases
+    assert [case.id for case in cases if case.kind != "drill" and not case.id.startswith("ref-")] == LEVEL2
+    assert [case.id for case in cases if case.kind == "drill"] == [drill.id for drill in load() if not drill.repeats]
+
+
+def test_level_3_plants_each_fault_at_every_place():
+    drills = [case for case in builtin(3).cases if case.kind == "drill"]
+    assert [case.id for case in drills] == [drill.id for drill in load()]
+    assert any(case.id == "OM-11.middle" and case.tp == 4 for case in drills)
+
+
+def test_what_drills_a_matrix_wants_is_checked(tmp_path):
+    path = tmp_path / "matrix.toml"
+    path.write_text('drills = "some"\n[[case]]\nid = "ref"\ngates = ["frames"]\n')
+    with pytest.raises(MatrixError, match="drills must be one of none, each, everywhere, is 'some'"):
+        load_matrix(path)
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
@@ -60,15 +84,19 @@ def test_builtin_cases_are_sound(level, tmp_path):
             with pytest.raises(GeometryError):
                 from_dict(runner.configuration(case))
             continue
+        if case.kind == "drill":
+            continue
         config = from_dict(runner.configuration(case))
-        assert config.world_size == case.tp
+        assert config.world_size == case.ranks
         assert config.run.record_latents
         if case.tp > 1 and case.kind == "run":
             # A reference is one process of the same timeline, chunks and configuration.
             ref = by_id[case.reference]
             assert (ref.tp, ref.chunks, ref.events, ref.config) == (1, case.chunks, case.events, case.config)
             assert {"latents-equal", "pixels-equal", "calls", "digests", "leftovers"} <= set(case.gates)
-            assert ("imports" in case.gates) == (case.plan == "v1_generator_only")
+            assert ("imports" in case.gates) == (case.plan in ("v1_generator_only", *PP_PLANS))
+        if case.plan in PP_PLANS and case.tp == 1 and case.reference:
+            assert "identical" in case.gates
     assert any(case.tp == 4 for case in builtin(3).cases)
 
 

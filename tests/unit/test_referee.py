@@ -19,7 +19,8 @@ MS = 1_000_000
 
 
 def groups(size: int) -> dict[str, Members]:
-    return {name: Members(name, 0, tuple(range(size))) for name in ("mesh_pg", "world_pg")}
+    names = ("mesh_pg", "world_pg", "pp_pg.up", "pp_pg.down")
+    return {name: Members(name, 0, tuple(range(size))) for name in names}
 
 
 def entry(place: int, *, group: str = "mesh_pg", op: str = "all_reduce", what: str = "float32[8]", t: int = NOW):
@@ -77,6 +78,9 @@ HEALTHY = {
     "the sender of a header is ahead": snapshot(inside(0, 9, **HEADER), inside(1, 7, **HEADER)),
     "leader in a broadcast that needs nobody": snapshot(
         inside(0, 4, **HEADER), inside(1, 2, mesh=3, group="world_pg"), t=NOW * 1000
+    ),
+    "posted receives of a pp link: both ranks go on with other things": snapshot(
+        inside(0, 1, group="pp_pg.up", op="message"), inside(1, 1, group="pp_pg.down", op="message"), t=NOW * 1000
     ),
     "drained, one after the other": snapshot(ended(0, 0, mesh=9), seat(1, mesh=9, state=RankState.SHUTDOWN)),
     "drained, the other still in the last place": snapshot(ended(0, 0, mesh=9), inside(1, 9, **HEADER)),
