@@ -1,0 +1,179 @@
+"""A healthy job that takes its time is never ended: many watchdogs long, at every place where a rank may be slow.
+
+Time is scaled, not the ratio: each wait is 20 watchdogs, as ten idle minutes are 40 of the default ones.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.blackbox import BlackBoxError, Collective, read_box
+from engine.config import EngineConfig, from_dict
+from tests.support.ranks import Job, start_ranks
+from tests.support.refereed import referee
+
+HEARTBEAT_S = 0.1
+WATCHDOG_S = 0.4
+WAIT_S = 20 * WATCHDOG_S
+
+SLOW = """
+import os, sys, threading
+from engine import sinks, stage0, stage1, worker
+rank = int(os.environ["RANK"])
+waited = []
+def once(owner, name, where, place, when=None):
+    method = getattr(owner, name)
+    def slow(*arguments, **named):
+        if rank == where and place not in waited and (when is None or when(*arguments)):
+            waited.append(place)
+            threading.Event().wait({wait_s})
+            print("waited in", place, file=sys.stderr, flush=True)
+        return method(*arguments, **named)
+    setattr(owner, name, slow)
+{places}
+os._exit(worker.main(sys.argv[1:]))
+"""
+LOAD = 'once(worker, "build_generator", {rank}, "load")'
+WARM_UP = 'once(stage1.Stage1, "warm_up", {rank}, "warm-up")'
+PREPARE = 'once(stage0.Stage0, "step", 0, "phase A")'
+SINK = """
+from engine.sinks import null
+once(null.NullSink, "write", 0, "the sink", lambda sink, pixels, chunk, prompt: chunk == 1)
+"""
+
+
+def slow_at(*places: str) -> tuple[str, str]:
+    return "-c", SLOW.format(wait_s=WAIT_S, places="\n".join(places))
+
+
+def make_config(cache: Path, **dotted: object) -> EngineConfig:
+    base = {
+        "model": {"cache_dir": str(cache)},
+        "geometry": {"height": 32, "width": 32},
+        "schedule": {"denoising_step_list": [1000, 500]},
+        "plan": {"tp": 2},
+        "run": {"chunks": 3},
+        "sink": {"kinds": ["null"]},
+        "liveness": {"heartbeat_s": HEARTBEAT_S, "watchdog_s": WATCHDOG_S, "phase_budget_s": 5.0},
+    }
+    return from_dict(base).replace(**dotted)
+
+
+@pytest.mark.slow
+def test_slow_loading_and_compiling_end_nobody(weights_cache: Path, tmp_path: Path) -> None:
+    """One rank loads, then the other compiles, 20 watchdogs longer than its peer: those have budgets of their own."""
+    entry = slow_at(LOAD.format(rank=0), WARM_UP.format(rank=1))
+    with (
+        referee(tmp_path / "run") as beside,
+        start_ranks(tmp_path / "run", make_config(weights_cache), entry=entry) as job,
+    ):
+        outcome = job.end(90)
+        assert beside.leave() == 0
+    assert outcome.exit_codes == {0: 0, 1: 0}, outcome.stderr
+    assert "waited in load" in outcome.stderr[0]
+    assert "waited in warm-up" in outcome.stderr[1]
+    times = {rank: report["times"] for rank, report in outcome.reports.items()}
+    assert times[1]["load_s"] - times[1]["loaded_s"] > WAIT_S  # for its peer's load
+    assert times[0]["ready_s"] - times[0]["load_s"] > WAIT_S  # and the peer for its warm-up
+    assert beside.record is None
+
+
+@pytest.mark.slow
+def test_an_idle_stream_and_a_slow_sink_end_nobody(weights_cache: Path, tmp_path: Path) -> None:
+    """Rank 0 prepares its first chunk, then writes another, for 20 watchdogs each: heartbeats fill the time."""
+    entry = slow_at(PREPARE, SINK)
+    with (
+        referee(tmp_path / "run") as beside,
+        start_ranks(tmp_path / "run", make_config(weights_cache), entry=entry) as job,
+    ):
+        outcome = job.end(90)
+        assert beside.leave() == 0
+    assert outcome.exit_codes == {0: 0, 1: 0}, outcome.stderr
+    assert "waited in phase A" in outcome.stderr[0]
+    assert "waited in the sink" in outcome.stderr[0]
+    assert outcome.reports[0]["account"] == {"accepted": 3, "emitted": 3, "dropped": 0, "abandoned": 0}
+    calls = [chunk["call_id"] for chunk in outcome.reports[1]["chunks"]]
+    # Most of the beats that fit into each wait were sent, and each took a call id.
+    enough = WAIT_S / HEARTBEAT_S / 4
+    assert calls[0] > enough
+    assert calls[2] - calls[1] > enough
+    assert calls[1] - calls[0] < enough
+    assert beside.record is None
+
+
+@pytest.mark.parametrize(
+    ("place", "liveness", "exit_code", "says"),
+    [
+        (LOAD.format(rank=0), {"liveness__load_budget_s": 1.0}, 75, "rank 0 did not reach 'load' within 1 s"),
+        (WARM_UP.format(rank=1), {"liveness__warmup_budget_s": 1.0}, 72, "more than 1 s in the warm-up"),
+    ],
+    ids=["load", "warm-up"],
+)
+def test_a_rank_that_is_slower_than_its_budget_is_not_waited_for(
+    place: str, liveness: dict[str, float], exit_code: int, says: str, weights_cache: Path, tmp_path: Path
+) -> None:
+    """The proof that the waits above are real, and that only their budgets allow them."""
+    config = make_config(weights_cache, **liveness)
+    with start_ranks(tmp_path / "run", config, entry=slow_at(place)) as job:
+        assert job.processes[1].wait(60) == exit_code
+        outcome = job.end(0.1)
+    assert says in outcome.stderr[1]
+
+
+def deadlock(cache: Path) -> EngineConfig:
+    """One rank makes one collective more, behind a flag; no guard, no deadline that is near."""
+    return make_config(
+        cache,
+        liveness__watchdog_s=600.0,
+        liveness__phase_budget_s=600.0,
+        comm__dist_timeout_s=600.0,
+        drill__id="OM-05",
+        drill__victim_rank=1,
+        drill__at_chunk=1,
+        drill__without_guard=True,
+        drill__differs="drill.debug_collective=true",
+    )
+
+
+def inside(job: Job, rank: int) -> Collective | None:
+    """The collective that this rank is in, if it is in one."""
+    try:
+        return read_box(job.run_dir / "ranks" / f"rank{rank}.blackbox").inside
+    except (BlackBoxError, OSError):
+        return None
+
+
+def stuck(job: Job) -> bool:
+    """Rank 1 is in the planted collective, rank 0 in another one."""
+    planned, planted = inside(job, 0), inside(job, 1)
+    return (
+        planned is not None
+        and planned.file.endswith("stage1.py")
+        and planted is not None
+        and planted.file.endswith("faults.py")
+    )
+
+
+def seconds_to_end(job: Job, deadline_s: float) -> float:
+    started = time.monotonic()
+    for process in job.processes.values():
+        process.send_signal(signal.SIGTERM)
+    for process in job.processes.values():
+        process.wait(max(0.1, started + deadline_s - time.monotonic()))
+    return time.monotonic() - started
+
+
+def test_a_deadlocked_job_is_gone_after_its_drain_deadline(weights_cache: Path, tmp_path: Path) -> None:
+    """SIGTERM asks for a drain, which a deadlock cannot give: the drain's own deadline ends it, not half an hour."""
+    config = deadlock(weights_cache).replace(liveness__drain_deadline_s=1.0)
+    with start_ranks(tmp_path / "run", config) as job:
+        job.wait_for(lambda: stuck(job), "both ranks are in different collectives")
+        took_s = seconds_to_end(job, 30)
+        outcome = job.end(0.1)
+    print(f"deadlocked, SIGTERM: gone after {took_s:.3f} s, {outcome.exit_codes}")  # shown by -rP
+    assert took_s < 5
+    assert all(outcome.exit_codes.values()), outcome.exit_codes
