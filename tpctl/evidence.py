@@ -5,6 +5,7 @@ Nothing here judges. What is missing, damaged or of another job is a problem, by
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections import Counter
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from tpctl.remains import (
     read_records_head,
     read_referee,
     read_report,
+    referee_spoke,
 )
 
 LEFT = frozenset({RankState.EXITED, RankState.ABORTED})
@@ -39,6 +41,7 @@ class RankSeen:
     """One rank. `status` is its exit code as the launcher or the referee saw it, negative for a signal.
 
     `life` is the kernel's word now; None where it cannot be asked: on another host, or without a process to ask for.
+    `cut` is whether the referee ended it: that it wrote nothing then says nothing.
     """
 
     rank: int
@@ -46,6 +49,7 @@ class RankSeen:
     box: BoxSeen | None = None
     life: Life | None = None
     status: int | None = None
+    cut: bool = False
     log: Path | None = None
     problems: tuple[str, ...] = ()
 
@@ -65,7 +69,7 @@ class RankSeen:
     @property
     def silent(self) -> bool:
         """Proved: it is gone, and it wrote nothing of its end."""
-        if self.problems or self.ended is not None or self.life not in (Life.GONE, None):
+        if self.problems or self.cut or self.ended is not None or self.life not in (Life.GONE, None):
             return False
         if self.contents is not None and self.contents.live.state in LEFT:
             return False  # it did write of its end; the report is what is missing
@@ -74,7 +78,7 @@ class RankSeen:
     @property
     def known(self) -> bool:
         """Whether this rank's evidence is whole."""
-        return not self.problems and (self.ended is not None or self.silent or self.alive)
+        return not self.problems and (self.ended is not None or self.silent or self.cut or self.alive)
 
     @property
     def alive(self) -> bool:
@@ -83,12 +87,16 @@ class RankSeen:
 
 @dataclass(frozen=True)
 class Seen:
-    """A run as it lies there. `first_dead` is the rank that the launcher saw fail first."""
+    """A run as it lies there. `first_dead` is the rank that the launcher saw fail first.
+
+    `referee_lost`: there was a verdict of the referee, which then ended ranks, but it cannot be read.
+    """
 
     run_dir: Path
     ranks: tuple[RankSeen, ...]
     referee: RefereeSaid | None = None
     first_dead: int | None = None
+    referee_lost: bool = False
     job: str | None = None
     problems: tuple[str, ...] = field(default=())
 
@@ -141,6 +149,9 @@ def gather(run_dir: Path) -> Seen:
     deaths = launcher_failures(run_dir / LAUNCHER_LOG)
     referee, problem = read_referee(run_dir / VERDICT)
     problems = [problem] if problem else []
+    if referee is None and problem is None and referee_spoke(run_dir):
+        problems.append(f"{VERDICT} is missing, and the referee's log says that it gave a verdict")
+    lost = referee is None and bool(problems)
     ranks: dict[int, RankSeen] = {}
     jobs: dict[int, str] = {}
     worlds = [configured_ranks(run_dir)]
@@ -160,19 +171,20 @@ def gather(run_dir: Path) -> Seen:
             ranks[rank] = RankSeen(rank)
     if referee is not None and not _same_processes(referee, ranks):
         problems.append(f"{VERDICT} is of another job: its process ids are not those of these ranks")
-        referee = None
+        referee, lost = None, True
     boxes = any(seen.box for seen in ranks.values())
     for rank, seen in ranks.items():
         status = deaths.get(rank)
-        if status is None and referee is not None and rank in referee.signals:
-            status = -referee.signals[rank]
-        told = replace(seen, status=status, log=rank_log(run_dir, rank))
+        cut = referee is not None and rank in referee.killed and seen.ended is None
+        if status is None and referee is not None and (cut or rank in referee.signals):
+            status = -referee.signals.get(rank, signal.SIGKILL)
+        told = replace(seen, status=status, cut=cut, log=rank_log(run_dir, rank))
         ranks[rank] = replace(told, problems=(*told.problems, *_gaps(told, boxes)))
     missing_records = [rank for rank in ranks if jobs and rank not in jobs and (ranks[rank].ended == 0)]
     problems += [f"rank {rank} has no chunk records, other ranks have" for rank in missing_records]
     job = Counter(jobs.values()).most_common(1)[0][0] if jobs else None
-    root = next(iter(deaths), None)
-    return Seen(run_dir, tuple(ranks[rank] for rank in sorted(ranks)), referee, root, job, tuple(problems))
+    first = None if lost else next(iter(deaths), None)
+    return Seen(run_dir, tuple(ranks[rank] for rank in sorted(ranks)), referee, first, lost, job, tuple(problems))
 
 
 def _numbered(run_dir: Path) -> set[int]:
@@ -196,7 +208,7 @@ def _read_rank(run_dir: Path, rank: int) -> tuple[RankSeen, Mapping[str, Any] | 
 
 def _gaps(seen: RankSeen, boxes: bool) -> list[str]:
     """What should be there of a rank and is not."""
-    if seen.problems or seen.alive:
+    if seen.problems or seen.alive or seen.cut:
         return []
     if seen.report is None and seen.box is None:
         gone = f"rank {seen.rank} left nothing: it never started, or its files were removed"

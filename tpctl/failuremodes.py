@@ -42,7 +42,7 @@ FAILURE_MODES: dict[str, FailureMode] = {
     "FM-31": FailureMode("weight drift", "weight-drift", CONFIG),
     "FM-32": FailureMode("cache lifecycle drift", "cache-drift", KV_AUDIT),
     "FM-40": FailureMode("peer lost", "peer-lost", KERNEL_LOG),
-    "FM-41": FailureMode("peer frozen", "peer-frozen", "tpctl env"),
+    "FM-41": FailureMode("peer frozen", "peer-frozen", "dmesg | tail -n 50"),
     "FM-50": FailureMode("compile asymmetry", "compile-asymmetry", PARITY),
     "FM-51": FailureMode("graph break", "graph-break"),
 }

@@ -19,6 +19,7 @@ COMMANDS: tuple[tuple[str, str, str], ...] = (
     ("drill", "tpctl.commands.drill", "Break a real job on purpose; check that it dies fast, for the named reason."),
     ("parity-check", "tpctl.commands.parity", "Compare configuration, environment and versions over ranks or hosts."),
     ("kv-audit", "tpctl.commands.kvaudit", "Compare the cache history of all ranks, live or from records."),
+    ("triage", "tpctl.commands.triage", "Who began it: the first divergence of a run, apart from its victims."),
     ("env", "tpctl.commands.env", "Snapshot of this host: hardware, versions, thread settings."),
     ("config", "tpctl.commands.config", "Write, show and check the configuration."),
     ("schema", "tpctl.commands.schema", "Print the JSON Schema of a command's output."),

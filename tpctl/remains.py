@@ -242,6 +242,13 @@ def launcher_failures(log: Path) -> dict[int, int]:
     return {rank: code for _, rank, code in pairs}
 
 
+def referee_spoke(run_dir: Path) -> bool:
+    """Whether a log shows a verdict of the referee: beside the launcher it shares the log, in drills it has its own."""
+    kinds = "|".join(kind.value for kind in Kind)
+    logs = (run_dir / "launcher.log", run_dir / "referee.log")
+    return any(re.search(rf"^referee: ({kinds})[ :]", read_tail(log), re.MULTILINE) for log in logs)
+
+
 def rank_log(run_dir: Path, rank: int) -> Path | None:
     """The stderr of a rank of this host, of its last attempt: as the launcher keeps it, or as drills do."""
     found = sorted((run_dir / "logs").glob(f"*/attempt_*/{rank}/stderr.log"))

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from engine.blackbox import Collective
-from engine.lifecycle import RankState
+from engine.lifecycle import RankExit, RankState
 from engine.referee.judge import TOLD, VICTIMS, WAITED
 from engine.referee.ledgers import Ledgers
 from engine.referee.snapshot import Difference, Ending, Life, Seat, Snapshot
@@ -21,6 +21,7 @@ from tpctl.evidence import RankSeen, Seen
 
 LONG_AFTER_NS = 1 << 62
 NEVER_JOINED = "TP-3201"
+DEADLINES = ("TP-6401", "TP-6402")
 
 
 def snapshot(seen: Seen, *, rewound: bool) -> Snapshot:
@@ -45,14 +46,20 @@ def standing(rank: RankSeen) -> tuple[int, int, int, int]:
 def _tier(rank: RankSeen) -> int:
     code = rank.ended
     if code is None:
-        return 1 if rank.silent else 5
+        return 1 if rank.silent else 6
     if code == 0:
-        return 5
+        return 6
+    if waited(rank):
+        # Of two that gave up, the one outside every collective is the one that the other waited for.
+        return 3 if rank.contents is not None and rank.contents.inside is not None else 4
     if code in VICTIMS or error_code(rank) == TOLD:
-        return 4
-    if code in WAITED:
-        return 3
+        return 5
     return 2 if error_code(rank) == NEVER_JOINED else 0
+
+
+def waited(rank: RankSeen) -> bool:
+    """It gave up at its own deadline. A heartbeat that nobody takes ends the leader by one, as a broken transport."""
+    return rank.ended in WAITED or (bool(rank.ended) and error_code(rank) in DEADLINES)
 
 
 def error_code(rank: RankSeen) -> str:
@@ -70,24 +77,24 @@ def progress(rank: RankSeen) -> tuple[int, int]:
 
 def held_on(seen: Seen) -> bool:
     """Whether silent ranks were there till the others gave up, or till all were ended from outside."""
-    endings = [rank.ended for rank in seen.ranks if rank.ended is not None]
+    endings = [rank for rank in seen.ranks if rank.ended is not None]
     if seen.first_dead is not None and (first := seen.of(seen.first_dead)) is not None and first.silent:
         return False  # the launcher saw it fail before the others
-    return not endings or any(code in WAITED for code in endings)
+    return not endings or any(waited(rank) for rank in endings)
 
 
 def _seat(rank: RankSeen, place: int, held: bool, rewound: bool) -> Seat:
     contents, life = rank.contents, rank.life or Life.GONE
     ending = None
     if rank.ended is not None and rank.report is not None:
-        ending = Ending(rank.ended, rank.report.error)
+        ending = Ending(int(RankExit.PHASE_BUDGET) if waited(rank) else rank.ended, rank.report.error)
         life = Life.GONE
     elif life is Life.GONE and (held or not rank.silent):
         life = Life.ALIVE  # not known to be gone then, or not known at all: no ground to call it lost
     told = rank.report.state if rank.report else None
     state = contents.live.state if contents else RankState(told or RankState.STARTING)
     inside = contents.inside if contents else None
-    if rewound and ending is not None and ending.exit_code in WAITED and inside is not None:
+    if rewound and ending is not None and waited(rank) and inside is not None:
         ending, life, state = None, Life.ALIVE, RankState.RUNNING
     elif ending is not None and ending.exit_code:
         state = RankState.ABORTED

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.referee import words
-from engine.referee.judge import TOLD, WAITED, Kind, odd_ones
+from engine.referee.judge import TOLD, Kind, odd_ones
 from engine.referee.judge import judge as judge_snapshot
 from engine.referee.snapshot import Snapshot
 from tpctl.evidence import RankSeen, Seen
 from tpctl.failuremodes import fm_of, runbook_id, words_of
-from tpctl.rewind import error_code, held_on, snapshot, standing
+from tpctl.rewind import error_code, held_on, snapshot, standing, waited
 from tpctl.verdict import Coverage, Verdict
 
 REFUSED_FRAME = "TP-22"
@@ -72,13 +72,16 @@ def judge(seen: Seen) -> Triage:
 
 
 def _judge(seen: Seen) -> Triage:
+    own = sorted((rank for rank in seen.ranks if _own_fault(rank)), key=standing)
+    alone = [rank for rank in own if _local_fault(rank)]
     if seen.referee is not None and seen.referee.kind != Kind.ENDED:
         said = seen.referee
+        if first := _before(said.kind, {*said.triggers} or {*said.victims}, alone):
+            return _of_report(seen, first)
         parties = () if said.triggers else said.victims
         fm = said.fm
         return Triage(Verdict.FAIL, said.kind, said.message, said.triggers, parties, said.victims, fm, source="referee")
     told = [rank for rank in seen.ranks if error_code(rank) == TOLD]
-    own = sorted((rank for rank in seen.ranks if _own_fault(rank)), key=standing)
     if told and not own:
         quoted = (told[0].report.error or {}) if told[0].report else {}
         who = words.rank_list([rank.rank for rank in told])
@@ -87,6 +90,8 @@ def _judge(seen: Seen) -> Triage:
         )
     before = judge_snapshot(snapshot(seen, rewound=True))
     if before is not None and before.kind in (Kind.MISMATCH, Kind.DEADLOCK, Kind.LEFT, Kind.FROZEN):
+        if first := _before(before.kind, {*before.triggers} or {*before.victims}, alone):
+            return _of_report(seen, first)
         return _of_proof(seen, before)
     if own:
         return _of_report(seen, own)
@@ -107,6 +112,19 @@ def _judge(seen: Seen) -> Triage:
 def _own_fault(rank: RankSeen) -> bool:
     """It ended by a fault that it names as its own."""
     return standing(rank)[0] == 0
+
+
+def _local_fault(rank: RankSeen) -> bool:
+    """A fault that no other rank had a part in: neither a comparison over the ranks nor a frame that came."""
+    error = (rank.report.error or {}) if rank.report else {}
+    return not error.get("evidence") and not error_code(rank).startswith(REFUSED_FRAME)
+
+
+def _before(kind: str, accused: set[int], alone: Sequence[RankSeen]) -> list[RankSeen]:
+    """Ranks whose own fault comes before what the ledgers show: on its way out a rank may still enter a collective."""
+    if kind not in (Kind.MISMATCH, Kind.DEADLOCK, Kind.LEFT):
+        return []
+    return [rank for rank in alone if rank.rank in accused]
 
 
 def _of_proof(seen: Seen, verdict: Any) -> Triage:
@@ -184,8 +202,10 @@ def _of_lost(seen: Seen) -> Triage:
     what = "; ".join(_death(rank, view) for rank in silent)
     unread = [rank.rank for rank in seen.ranks if rank.problems]
     found = Triage(Verdict.FAIL, Kind.LOST.value, what, fm="FM-40")
-    if unread:
-        away = f"what {words.rank_list(unread)} did cannot be read, so that it is not proved to be the first"
+    if unread or seen.referee_lost:
+        away = "the referee's record cannot be read, and it may have ended them"
+        if unread:
+            away = f"what {words.rank_list(unread)} did cannot be read, so that it is not proved to be the first"
         parties = tuple(rank.rank for rank in silent)
         return replace(found, verdict=Verdict.UNKNOWN, sentence=f"{what}; but {away}", parties=parties)
     if len(silent) == 1:
@@ -209,10 +229,12 @@ def _of_waiters(seen: Seen) -> Triage:
     silent = [rank for rank in seen.ranks if rank.silent]
     unread = [rank for rank in seen.ranks if rank.problems]
     ended = sorted((rank for rank in seen.ranks if rank.ended), key=standing)
-    waiters = [rank for rank in ended if rank.ended in WAITED]
+    waiters = [rank for rank in ended if waited(rank)]
     view = snapshot(seen, rewound=True)
-    if ended and unread:
-        what = f"{words.rank_list([rank.rank for rank in unread])} cannot be read, and the others only suffered"
+    if ended and (unread or (seen.referee_lost and silent)):
+        what = "the referee's record cannot be read, and it may have ended those that are silent"
+        if unread:
+            what = f"{words.rank_list([rank.rank for rank in unread])} cannot be read, and the others only suffered"
         return _quoting(ended[0], Triage(Verdict.UNKNOWN, "unknown", what))
     if waiters and len(silent) == 1 and held_on(seen):
         gone = silent[0]
@@ -228,12 +250,16 @@ def _of_waiters(seen: Seen) -> Triage:
     if seen.alive:
         return _of_living(seen)
     if seen.problems or unread or not seen.ranks:
-        return Triage(Verdict.UNKNOWN, "unknown", "not every rank left a readable record of its end")
+        what = "the referee ended this job, and its record cannot be read" if seen.referee_lost else ""
+        what = what or "not every rank left a readable record of its end"
+        return Triage(Verdict.UNKNOWN, "unknown", what)
     if silent:
         where = "; ".join(words.was(view.seats[rank.rank]) if rank.contents else "" for rank in silent)
-        what = f"{words.rank_list([rank.rank for rank in silent])} wrote nothing of their end: ended from outside"
         ranks = tuple(rank.rank for rank in silent)
+        what = f"{words.rank_list(ranks)} wrote nothing before the end, which came from outside"
         return Triage(Verdict.FAIL, Kind.LOST.value, f"{what}, and nothing proves why; {where}", parties=ranks)
+    if any(rank.ended != 0 for rank in seen.ranks):
+        return Triage(Verdict.UNKNOWN, "unknown", "nothing is proved, and not every rank drained")
     return Triage(Verdict.PASS, "drained", "nothing is wrong: every rank drained and left with 0")
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from engine.blackbox import Collective, Commitment, Contents, Live, Members
+from engine.blackbox import Collective, Commitment, Contents, Live, Members, pack_signature, pack_site
+from engine.blackbox.layout import CRC, ENTRY
 from engine.lifecycle import RankState
 from engine.referee.snapshot import Life
 from tpctl.evidence import RankSeen, Seen
@@ -34,7 +35,15 @@ def box(size: int, at: Collective, *, waits: bool, state: RankState = RankState.
     live = Live(state, 0, at.seq if waits else 0, 1, at.seq, 2, "B", tuple(counts.values()))
     groups = tuple(Members(name, 0, members) for name in counts)
     commit = Commitment(1, 1, "enter B", "mesh_pg", 5, 5, 0)
-    return BoxSeen(Contents(0, 7, live, groups, (commit,), (at,)))
+    return BoxSeen(Contents(0, 7, live, groups, (commit,), (at,)), (packed(at),))
+
+
+def packed(entry: Collective) -> bytes:
+    """As the black box keeps it."""
+    ids = (entry.call_id, entry.chunk_index, entry.cache_epoch)
+    raw = ENTRY.pack(entry.seq, entry.t_ns, entry.place, *ids)
+    raw += pack_signature(entry.hash_u64, entry.group, entry.op, entry.what) + pack_site(entry.file, entry.line)
+    return raw + CRC.pack(zlib.crc32(raw))
 
 
 def ended(
@@ -165,6 +174,39 @@ TABLE: dict[str, tuple[list[RankSeen], str, tuple[int, ...], tuple[int, ...], st
 }
 
 
+# Its own fault first; then, on its way out, a collective that its peers did not expect.
+ON_ITS_WAY_OUT = entered(96, op="broadcast", line=92)
+TABLE |= {
+    "own fault, then a heartbeat into its peers' collective": (
+        [
+            ended(0, TRIPWIRE, "TP-3101", "FM-22", seen=box(3, ON_ITS_WAY_OUT, waits=False)),
+            *(ended(r, LOST, seen=WAITS3) for r in (1, 2)),
+        ],
+        "FAIL",
+        (0,),
+        (),
+        "FM-22",
+    ),
+    "the same with two ranks": (
+        [ended(0, TRIPWIRE, "TP-3101", "FM-22", seen=box(2, ON_ITS_WAY_OUT, waits=False)), ended(1, LOST, seen=WAITS)],
+        "FAIL",
+        (0,),
+        (),
+        "FM-22",
+    ),
+    "an extra collective, then a check that failed on all": (
+        [
+            ended(0, TRIPWIRE, fm="FM-30", seen=box(2, ON_ITS_WAY_OUT, waits=False), by_rank={"0": 1, "1": 2}),
+            ended(1, TRIPWIRE, fm="FM-30", seen=box(2, AT, waits=False), by_rank={"0": 1, "1": 2}),
+        ],
+        "FAIL",
+        (),
+        (0, 1),
+        "FM-03",
+    ),
+}
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_the_trigger_stands_apart_from_the_victims(name: str) -> None:
     ranks, verdict, triggers, parties, fm = TABLE[name]
@@ -188,7 +230,7 @@ def test_clocks_do_not_decide() -> None:
             entries = tuple(dataclasses.replace(entry, t_ns=10**9 - entry.t_ns) for entry in contents.collectives)
             moment = dataclasses.replace(contents.live, state_ns=10**6 * (9 - rank.rank))
             changed = dataclasses.replace(contents, collectives=entries, live=moment)
-            turned.append(dataclasses.replace(rank, box=BoxSeen(changed)))
+            turned.append(dataclasses.replace(rank, box=BoxSeen(changed, tuple(map(packed, entries)))))
         assert judge(Seen(Path("run"), tuple(turned))) == judge(Seen(Path("run"), tuple(ranks))), name
 
 
@@ -208,6 +250,9 @@ def test_the_referee_saw_it_while_they_lived() -> None:
     # Of a rank that ended itself, its own words say more than the referee's.
     own = judge(Seen(Path("run"), (ended(0, None), ended(1, TRIPWIRE, fm="FM-22")), said("ended", "FM-22", 1)))
     assert (own.triggers, own.sentence) == ((1,), "TP-6001 of rank 1")
+    # What ranks did on their way out is seen from outside too, and is not the first cause.
+    out = judge(Seen(Path("run"), (ended(0, TRIPWIRE, fm="FM-22"), ended(1, None)), said("mismatch", "FM-03", 0)))
+    assert (out.triggers, out.fm) == ((0,), "FM-22")
     lost = judge(Seen(Path("run"), (unread(0), ended(1, None)), said("ended", "FM-22", 0)))
     assert (lost.triggers, lost.sentence) == ((0,), "as seen from outside")
 
