@@ -163,14 +163,15 @@ def _values(evidence: Mapping[str, Any]) -> dict[int, str]:
 
 def _of_refusal(seen: Seen, found: Triage, refused: Sequence[RankSeen]) -> Triage:
     """A frame came that must not be accepted. Its sender or its receiver is wrong: only other receivers can tell."""
-    group = next((g for g in _groups(refused[0]) if g.name == "mesh_pg"), None)
+    name = _link(refused[0])
+    group = next((g for g in _groups(refused[0]) if g.name == name), None)
     sender = group.leader if group else 0
     members = group.ranks if group else (sender, refused[0].rank)
-    place = _count(refused[0])
+    place = _count(refused[0], name)
     accepted = [
         rank
         for rank in seen.ranks
-        if rank.rank in members and rank.rank != sender and rank not in refused and _count(rank) > place
+        if rank.rank in members and rank.rank != sender and rank not in refused and _count(rank, name) > place
     ]
     ranks = tuple(rank.rank for rank in refused)
     sentence = f"{words.rank_list(ranks)} refused what rank {sender} sent: {found.sentence}"
@@ -186,10 +187,15 @@ def _groups(rank: RankSeen) -> tuple[Any, ...]:
     return rank.contents.groups if rank.contents else ()
 
 
-def _count(rank: RankSeen) -> int:
-    """Collectives that it entered in the mesh."""
+def _link(rank: RankSeen) -> str:
+    """The group that the frame came through: the one that the rank was in last."""
+    return rank.contents.collectives[-1].group if rank.contents and rank.contents.collectives else "mesh_pg"
+
+
+def _count(rank: RankSeen, name: str) -> int:
+    """Collectives that it entered in a group."""
     counts = rank.contents.live.counts if rank.contents else ()
-    return next((n for group, n in zip(_groups(rank), counts, strict=True) if group.name == "mesh_pg"), 0)
+    return next((n for group, n in zip(_groups(rank), counts, strict=True) if group.name == name), 0)
 
 
 def _of_lost(seen: Seen) -> Triage:
