@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from engine import faults
 from engine.config import EngineConfig, from_dict
 from engine.errors import ConfigError
 from tests.cli.conftest import cli, validated
+from tpctl.commands.schema import load_schema
 from tpctl.drill import table
 from tpctl.drill.judge import Result
 from tpctl.drill.ranks import Nursery
@@ -48,6 +51,17 @@ def explain(result: Result) -> str:
 )
 def test_drill(name: str, nursery: Nursery, base: EngineConfig, tmp_path: Path) -> None:
     result = DrillRunner(nursery, base, tmp_path).run(DRILLS[name])
+    assert result.verdict is Verdict.PASS, explain(result)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("OM-14.last", "lost"), ("OM-11", "ended"), ("OM-15.lock", "late")])
+def test_the_referees_record_answers_by_its_schema(
+    name: str, kind: str, nursery: Nursery, base: EngineConfig, tmp_path: Path
+) -> None:
+    result = DrillRunner(nursery, base, tmp_path).run(DRILLS[name])
+    record = json.loads((tmp_path / name / "referee.json").read_text())
+    jsonschema.Draft202012Validator(load_schema("referee")).validate(record)
+    assert record["verdict"]["kind"] == kind
     assert result.verdict is Verdict.PASS, explain(result)
 
 
