@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.measure import Row
 
-NAMES = ("help_time", "envelope", "generator", "tensor_parallel", "worker_memory", "blackbox")
+NAMES = ("help_time", "envelope", "generator", "tensor_parallel", "worker_memory", "blackbox", "tripwires", "rivals")
 RESULTS = Path(__file__).with_name("results.json")
 VERDICTS = {True: "met", False: "MISSED", None: ""}
 
