@@ -180,8 +180,10 @@ def gather(run_dir: Path) -> Seen:
             status = -referee.signals.get(rank, signal.SIGKILL)
         told = replace(seen, status=status, cut=cut, log=rank_log(run_dir, rank))
         ranks[rank] = replace(told, problems=(*told.problems, *_gaps(told, boxes)))
-    missing_records = [rank for rank in ranks if jobs and rank not in jobs and (ranks[rank].ended == 0)]
-    problems += [f"rank {rank} has no chunk records, other ranks have" for rank in missing_records]
+    for rank, seen in ranks.items():
+        # Rank 0 of a pp job is in no mesh, has no cache, and keeps no such records.
+        if jobs and rank not in jobs and seen.ended == 0 and seen.report is not None and seen.report.in_mesh:
+            problems.append(f"rank {rank} has no chunk records, other ranks have")
     job = Counter(jobs.values()).most_common(1)[0][0] if jobs else None
     first = None if lost else next(iter(deaths), None)
     return Seen(run_dir, tuple(ranks[rank] for rank in sorted(ranks)), referee, first, lost, job, tuple(problems))

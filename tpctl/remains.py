@@ -38,6 +38,7 @@ class Report:
     exit_code: int | None
     error: Mapping[str, Any] | None
     chunks: int
+    in_mesh: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def read_report(path: Path, rank: int) -> tuple[Report | None, str | None]:
         code,
         cleaned,
         len(chunks) if isinstance(chunks, list) else 0,
+        data.get("mesh_rank") != -1,
     ), None
 
 

@@ -13,6 +13,7 @@ from engine.blackbox import Collective, Commitment, Contents, Live, Members, pac
 from engine.blackbox.layout import CRC, ENTRY
 from engine.lifecycle import RankState
 from engine.referee.snapshot import Life
+from tpctl.acts import last_acts
 from tpctl.evidence import RankSeen, Seen
 from tpctl.failuremodes import CODES, FAILURE_MODES
 from tpctl.remains import BoxSeen, RefereeSaid, Report
@@ -232,6 +233,16 @@ def test_clocks_do_not_decide() -> None:
             changed = dataclasses.replace(contents, collectives=entries, live=moment)
             turned.append(dataclasses.replace(rank, box=BoxSeen(changed, tuple(map(packed, entries)))))
         assert judge(Seen(Path("run"), tuple(turned))) == judge(Seen(Path("run"), tuple(ranks))), name
+
+
+def test_acts_are_ordered_by_what_the_ranks_share() -> None:
+    """By the collectives of a group that all are in; where there is none, by call_id; never by clocks."""
+    late = dataclasses.replace(BEFORE, t_ns=10**9)
+    ranks = (ended(0, LOST, seen=WAITS3), ended(1, LOST, seen=box(3, late, waits=False)), ended(2, None, seen=AWAY3))
+    acts = last_acts(Seen(Path("run"), ranks))
+    assert [(act.after, act.rank) for act in acts if act.what.startswith("all_reduce")] == [(97, 1), (97, 2), (98, 0)]
+    apart = (ended(0, LOST, seen=box(2, AT, waits=True)), ended(1, LOST), ended(2, None, seen=AWAY3))
+    assert {act.after for act in last_acts(Seen(Path("run"), apart))} == {5}
 
 
 def said(kind: str, fm: str | None, *triggers: int) -> RefereeSaid:

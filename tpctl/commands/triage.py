@@ -239,14 +239,18 @@ def table_of_ranks(case: Case) -> Table:
 
 def table_of_acts(case: Case) -> Table:
     columns = [
-        Column("after", "after", right=True),
+        Column("order", "after", right=True),
         Column("rank", "rank", right=True),
         Column("act", "what"),
         Column("group", "group"),
         Column("call", "call_id", right=True),
         Column("chunk", "chunk_index", right=True),
     ]
-    return Table(columns, [act.to_dict() for act in last_acts(case.seen)], "last acts, after how many collectives")
+    return Table(
+        columns,
+        [act.to_dict() for act in last_acts(case.seen)],
+        "last acts, in the order of the collectives or calls that all ranks share",
+    )
 
 
 def table_of_runs(cases: list[Case]) -> Table:
