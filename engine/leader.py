@@ -45,7 +45,7 @@ def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: M
             account["accepted"] += 1
             envelope = stage0.step()
             clock.mark("t_a_ms")
-            with heartbeat.busy:
+            with heartbeat.hold():
                 call_id = link.next_call_id()
                 frame = prepare_infer(stage0.for_link(envelope), call_id, link)
                 peers_wait = False

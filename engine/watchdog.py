@@ -78,9 +78,9 @@ class Watchdog:
 
 
 class Heartbeat:
-    """Calls `beat` every `interval_s` seconds while the owner does not hold `busy`.
+    """Calls `beat` every `interval_s` seconds while the owner does not hold it.
 
-    The owner holds `busy` from the preparation of a frame to the end of phase B, so a beat never comes between a
+    The owner holds it from the preparation of a frame to the end of phase B, so a beat never comes between a
     header and its payload, and never while another thread is inside the group.
     """
 
@@ -94,6 +94,16 @@ class Heartbeat:
 
     def start(self) -> None:
         self._thread.start()
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """The body has `busy`. If it fails there is no beat any more: peers may be in the middle of phase B."""
+        with self.busy:
+            try:
+                yield
+            except BaseException:
+                self._stop.set()
+                raise
 
     def stop(self) -> None:
         """No beat after this returns."""

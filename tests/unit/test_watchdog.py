@@ -65,7 +65,7 @@ def test_the_heartbeat_keeps_out_while_the_owner_is_busy() -> None:
         beaten.set()
 
     heartbeat = Heartbeat(0.01, beat)
-    with heartbeat.busy:
+    with heartbeat.hold():
         heartbeat.start()
         assert not beaten.wait(0.2), "a beat came while the owner was busy"
     assert beaten.wait(20)
@@ -88,3 +88,14 @@ def test_a_failed_beat_is_kept_for_the_owner() -> None:
     assert failed.wait(20)
     heartbeat.stop()
     assert isinstance(heartbeat.failure, ValueError)
+
+
+def test_no_beat_follows_a_phase_that_failed() -> None:
+    """Its peers may still be in the middle of it: a header would meet them in another collective."""
+    beaten = threading.Event()
+    heartbeat = Heartbeat(0.01, beaten.set)
+    with pytest.raises(ValueError, match="phase B"), heartbeat.hold():
+        heartbeat.start()
+        raise ValueError("phase B failed")
+    assert not beaten.wait(0.2)
+    heartbeat.stop()
