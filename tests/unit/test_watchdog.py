@@ -94,8 +94,13 @@ def test_no_beat_follows_a_phase_that_failed() -> None:
     """Its peers may still be in the middle of it: a header would meet them in another collective."""
     beaten = threading.Event()
     heartbeat = Heartbeat(0.01, beaten.set)
-    with pytest.raises(ValueError, match="phase B"), heartbeat.hold():
-        heartbeat.start()
-        raise ValueError("phase B failed")
+
+    def fail() -> None:
+        with heartbeat.hold():
+            heartbeat.start()
+            raise ValueError("phase B failed")
+
+    with pytest.raises(ValueError, match="phase B"):
+        fail()
     assert not beaten.wait(0.2)
     heartbeat.stop()
