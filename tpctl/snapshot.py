@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -20,10 +21,10 @@ from tpctl import __version__
 from tpctl.errors import SnapshotError, record_of
 
 SCHEMA = "tpctl.snapshot"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PACKAGES = ("torch", "transformers", "diffusers", "numpy", "safetensors", "tokenizers", "xxhash", "av", "pillow")
-# Everything else in the environment may be private and is left out.
-VARIABLES = (
+# What version 1 recorded of the environment; it did not say so itself.
+VARIABLES_1 = (
     "CUDA_DEVICE_ORDER",
     "CUDA_LAUNCH_BLOCKING",
     "CUDA_VISIBLE_DEVICES",
@@ -39,7 +40,34 @@ VARIABLES = (
     "TOKENIZERS_PARALLELISM",
     "TORCH_LOGS",
 )
-PREFIXES = ("NCCL_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_")
+PREFIXES_1 = ("NCCL_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_")
+# Everything else in the environment may be private and is left out.
+VARIABLES = (
+    *VARIABLES_1,
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DNNL_MAX_CPU_ISA",
+    "GOMP_CPU_AFFINITY",
+    "KMP_AFFINITY",
+    "LD_LIBRARY_PATH",
+    "MKL_CBWR",
+    "OMP_PLACES",
+    "OMP_PROC_BIND",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+PREFIXES = PREFIXES_1
+# A snapshot without these is damaged: two of them, cut off at the same place, would otherwise agree on what is left.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "host": ("name", "kernel", "machine", "cpu"),
+    "python": ("version", "minor"),
+    "versions": ("torch",),
+    "code": ("engine_sha256", "version"),
+    "gpu": ("count",),
+    "threads": ("omp", "mkl"),
+    "environment": (),
+}
+SEAL = "seal"
+MAX_BYTES = 4 << 20
 TOOL_TIMEOUT_S = 10.0
 
 
@@ -50,6 +78,7 @@ def take(loaded: Loaded | ConfigError | None, environ: Mapping[str, str] | None 
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
         "tool_version": __version__,
+        "collected": {"variables": sorted(VARIABLES), "prefixes": list(PREFIXES)},
         "host": host(),
         "python": {
             "version": platform.python_version(),
@@ -151,20 +180,33 @@ def variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def save(snapshot: Mapping[str, Any], path: Path) -> None:
-    """Write the TOML file. Raises OSError with the path if it cannot be written."""
+    """Write the TOML file, sealed. Raises OSError with the path if it cannot be written."""
     import tomli_w
 
-    path.write_text(tomli_w.dumps(dict(snapshot)), encoding="utf-8")
+    content = {key: value for key, value in snapshot.items() if key != SEAL}
+    path.write_text(tomli_w.dumps(content | {SEAL: {"sha256": seal(content)}}), encoding="utf-8")
+
+
+def seal(snapshot: Mapping[str, Any]) -> str:
+    """sha256 over everything but the seal itself: a file that was cut or altered does not match it."""
+    content = {key: value for key, value in snapshot.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a snapshot file.
+    """Read a snapshot file of this schema version or of an older one.
 
     Raises:
-        SnapshotError: missing, not TOML, not a snapshot, or of a newer schema than this tool knows.
+        SnapshotError: missing, not TOML, not a snapshot, damaged, or of a newer schema than this tool knows.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file() and path.exists():
+            raise SnapshotError(f"{path} is not a file", code="TP-7202")
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise SnapshotError(f"{path} is larger than any snapshot: over {MAX_BYTES} bytes", code="TP-7203")
+        data = tomllib.loads(raw.decode("utf-8"))
     except OSError as error:
         raise SnapshotError(f"cannot read the snapshot {path}: {error.strerror}", code="TP-7202") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -183,7 +225,38 @@ def read(path: Path) -> dict[str, Any]:
             evidence={"written_by": data.get("tool_version"), "this": __version__},
             next_step="use the newer tpctl of the two hosts, or take the snapshot again with this one",
         )
+    _require_whole(data, path)
     return data
+
+
+def _require_whole(data: Mapping[str, Any], path: Path) -> None:
+    for section, keys in REQUIRED.items():
+        values = data.get(section)
+        if not isinstance(values, Mapping):
+            raise SnapshotError(f"{path} is damaged: it has no section [{section}]", code="TP-7203")
+        missing = [key for key in keys if key not in values]
+        if missing:
+            raise SnapshotError(f"{path} is damaged: [{section}] lacks {', '.join(missing)}", code="TP-7203")
+    if data["schema_version"] >= 2:
+        written = data.get(SEAL)
+        if not isinstance(written, Mapping) or written.get("sha256") != seal(data):
+            raise SnapshotError(
+                f"{path} is damaged or was edited: its seal does not match what it says",
+                code="TP-7203",
+                next_step="take the snapshot again: tpctl env --save FILE",
+            )
+
+
+def sees(snapshot: Mapping[str, Any], key: str) -> bool:
+    """Whether this snapshot would have recorded `key`, had it been there. Version 1 knew fewer variables."""
+    section, _, name = key.partition(".")
+    if section == "config":
+        return section in snapshot
+    if section != "environment":
+        return True
+    collected = snapshot.get("collected", {"variables": VARIABLES_1, "prefixes": PREFIXES_1})
+    ours = name.startswith("TPCTL_")
+    return bool(ours or name in collected["variables"] or name.startswith(tuple(collected["prefixes"])))
 
 
 def flatten(snapshot: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +264,7 @@ def flatten(snapshot: Mapping[str, Any]) -> dict[str, Any]:
     return {
         f"{section}.{key}": value
         for section, values in snapshot.items()
-        if isinstance(values, Mapping)
+        if isinstance(values, Mapping) and section not in (SEAL, "collected")
         for key, value in values.items()
     }
 
@@ -207,8 +280,6 @@ def _tool(command: list[str]) -> str | None:
 
 
 if __name__ == "__main__":  # what `tpctl parity-check` starts, once a planned rank, in the ranks' own environment
-    import json
-
     from engine.config import load
 
     where = Path(sys.argv[1])

@@ -29,7 +29,16 @@ def put(path: Path, base: dict, name: str, **changes: object) -> str:
     for dotted, value in changes.items():
         section, key = dotted.split("__", 1)
         data[section][key] = value
-    path.write_text(tomli_w.dumps(data))
+    snapshot.save(data, path)
+    return str(path)
+
+
+def as_version_1(path: Path, base: dict, name: str) -> str:
+    """What the first version of the tool would have written on this host."""
+    old = {key: value for key, value in copy.deepcopy(base).items() if key not in ("collected", "seal")}
+    old["host"]["name"], old["schema_version"] = name, 1
+    old["environment"] = {key: v for key, v in old["environment"].items() if key in snapshot.VARIABLES_1}
+    path.write_text(tomli_w.dumps(old))
     return str(path)
 
 
@@ -70,7 +79,11 @@ def test_unwritable_snapshot(cli):
         ("a = 1\n", "TP-7204"),
         ("schema = 'tpctl.snapshot'\nschema_version = 99\n", "TP-7205"),
         ("schema = 'tpctl.snapshot'\nschema_version = 'x'\n", "TP-7204"),
+        ("schema = 'tpctl.snapshot'\nschema_version = 0\n", "TP-7204"),
+        ("schema = 'tpctl.snapshot'\nschema_version = 1\n", "TP-7203"),
+        ("schema = 'tpctl.snapshot'\nschema_version = 2\nhost = 3\n", "TP-7203"),
         ("not toml", "TP-7203"),
+        ("", "TP-7204"),
     ],
 )
 def test_foreign_snapshots(cli, tmp_path, taken, text, code):
@@ -79,6 +92,66 @@ def test_foreign_snapshots(cli, tmp_path, taken, text, code):
     assert result.exit_code == 2
     assert code in result.stderr
     assert "TP-7202" in cli("parity-check", "none.toml", "here.toml").stderr
+
+
+def test_cut_or_altered_snapshots_are_refused_never_compared(cli, tmp_path, taken):
+    whole = (tmp_path / "here.toml").read_text()
+    cuts = [whole.index(f"[{section}]") for section in ("python", "versions", "gpu", "config", "seal")]
+    # Two files that were cut at the same place agree on all that is left of them.
+    for text in [*(whole[:cut] for cut in cuts), whole[:-30], whole.replace(taken["python"]["minor"], "3.99")]:
+        for name in ("a.toml", "b.toml"):
+            (tmp_path / name).write_text(text)
+        result = cli("parity-check", "a.toml", "b.toml")
+        assert result.exit_code == 2, text[-200:]
+        assert "TP-7203" in result.stderr
+    (tmp_path / "binary.toml").write_bytes(bytes(range(256)))
+    (tmp_path / "folder.toml").mkdir()
+    (tmp_path / "large.toml").write_text("# " + "x" * snapshot.MAX_BYTES)
+    for name, code in (("binary", "TP-7203"), ("folder", "TP-7202"), ("large", "TP-7203")):
+        assert code in cli("parity-check", "here.toml", f"{name}.toml").stderr
+    assert "TP-7206" in cli("parity-check", "here.toml", "./here.toml").stderr
+
+
+def test_an_older_snapshot_is_read_and_what_it_could_not_see_stays_open(cli, tmp_path, taken):
+    taken["environment"].pop("MKL_CBWR", None)
+    new = put(tmp_path / "new.toml", taken, "new", environment__MKL_CBWR="AVX2", environment__NCCL_ALGO="Ring")
+    old = as_version_1(tmp_path / "old.toml", taken, "old")
+    result = cli("parity-check", new, old, "-o", "json")
+    data = validated(result.stdout)
+    rows = {row["key"]: row for row in data["data"]["rows"]}
+    assert rows["environment.MKL_CBWR"]["values"] == {"new": "AVX2", "old": "(missing)"}
+    assert rows["environment.MKL_CBWR"]["verdict"] == "UNKNOWN"
+    assert rows["environment.MKL_CBWR"]["coverage"] == {"checked": 1, "expected": 2}
+    # It would have seen this one: so it was not set there.
+    assert rows["environment.NCCL_ALGO"]["values"]["old"] == "(unset)"
+    assert rows["environment.NCCL_ALGO"]["verdict"] == data["verdict"] == "FAIL"
+    same = put(tmp_path / "same.toml", taken, "same")
+    equal = validated(cli("parity-check", same, old, "-o", "json").stdout)
+    assert equal["data"]["states"] == {"same": "host same, schema 2", "old": "host old, schema 1"}
+
+
+def test_hosts_without_a_configuration_have_not_been_compared(cli, tmp_path, taken):
+    del taken["config"]
+    a, b = put(tmp_path / "a.toml", taken, "a"), put(tmp_path / "b.toml", taken, "b")
+    result = cli("parity-check", a, b, "-o", "json")
+    data = validated(result.stdout)
+    assert (result.exit_code, data["verdict"]) == (5, "UNKNOWN")
+    assert "holds no configuration" in data["findings"][0]["message"]
+
+
+def test_words_of_severity_in_table_and_json(cli, tmp_path, taken):
+    paths = [put(tmp_path / f"{n}.toml", taken, n) for n in "abc"]
+    paths.append(put(tmp_path / "d.toml", taken, "d", versions__torch="1.0", host__kernel="x"))
+    table = cli("parity-check", *paths).stdout
+    lines = {line.split()[3]: line for line in table.splitlines() if " match  " in line}
+    assert lines["versions.torch"].startswith("FAIL     must match    versions.torch")
+    assert "(3 of 4)" in lines["versions.torch"]
+    assert lines["versions.torch"].endswith("d: 1.0")
+    assert lines["host.kernel"].startswith("WARN     should match  host.kernel")
+    assert "differ: 1 must match, 1 should match, 1 information" in table
+    data = validated(cli("parity-check", *paths, "-o", "json").stdout)["data"]
+    assert data["differing"] == {"must match": 1, "should match": 1, "information": 1}
+    assert {row["severity"] for row in data["rows"]} == {"must match", "should match", "information"}
 
 
 def test_equal_hosts_pass_with_full_coverage(cli, tmp_path, taken):
@@ -164,9 +237,40 @@ def test_run_directory_compares_effective_values(cli, tmp_path):
 
 
 def test_severity_takes_the_longest_prefix():
-    assert severity_of("versions.torch") == "must"
-    assert severity_of("versions.av") == "should"
-    assert severity_of("host.name") == "info"
+    assert severity_of("versions.torch") == "must match"
+    assert severity_of("versions.av") == "should match"
+    assert severity_of("host.name") == "information"
+    assert severity_of("environment.NCCL_ALGO") == "must match"
+    assert severity_of("environment.NCCL_DEBUG") == "information"
+
+
+def test_a_proven_difference_outranks_a_missing_value():
+    rows = compare({"a": {"config.x": 1}, "b": {"config.x": 2}, "c": {"config.y": 1}})
+    assert [row.verdict for row in rows] == [Verdict.FAIL, Verdict.UNKNOWN]
+    assert (rows[0].majority, rows[0].minority) == (None, ())
+    assert (rows[0].coverage.checked, rows[0].coverage.expected) == (2, 3)
+    assert "culprit" not in findings(rows)[0].message
+    assert "differs:" not in findings(rows)[0].message
+
+
+def test_a_library_that_only_some_have_loaded_is_information_unless_all_need_it():
+    key, core = "library.libgomp.so.1", "library.libtorch_cpu.so"
+    (some,) = compare({"a": {key: "build id 1"}, "b": {}})
+    assert (some.severity, some.verdict, some.values["b"]) == ("information", Verdict.PASS, "(not loaded)")
+    (other,) = compare({"a": {key: "build id 1"}, "b": {key: "build id 2"}, "c": {}})
+    assert (other.severity, other.verdict) == ("must match", Verdict.FAIL)
+    (needed,) = compare({"a": {core: "build id 1"}, "b": {}})
+    assert (needed.severity, needed.verdict) == ("must match", Verdict.FAIL)
+
+
+def test_many_ranks_are_told_by_their_spans():
+    tables = {f"rank{rank}": {"config.x": int(rank in (3, 500))} for rank in range(512)}
+    (row,) = compare(tables)
+    assert (row.majority, row.minority) == ("0", ("rank3", "rank500"))
+    message = findings([row])[0].message
+    assert "rank4..rank499" in message
+    assert "differs: rank3, rank500" in message
+    assert len(message) < 200
 
 
 def test_a_source_that_did_not_answer_is_unchecked():

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, Loaded
 from tpctl import options, snapshot
 from tpctl.errors import SnapshotError
 from tpctl.exitcodes import for_verdict
 from tpctl.launch.environment import rank_environment
 from tpctl.output import Column, Envelope, Format, Output, Table
-from tpctl.paritytable import INFO, compare, findings, judge
-from tpctl.verdict import Verdict
+from tpctl.paritytable import INFO, MISSING, MUST, SHOULD, Row, Sees, compare, findings, judge, spans
+from tpctl.runparity import observe
+from tpctl.verdict import ORDER, Coverage, Finding, Verdict, worst
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 PROBE_TIMEOUT_S = 30.0
+EMPTY = "(empty)"
+WIDE_SOURCES = 8  # up to so many, `-o wide` gives each source a column
 
 
 @app.command(
@@ -32,7 +38,10 @@ PROBE_TIMEOUT_S = 30.0
 def parity_check(
     sources: Annotated[
         list[Path] | None,
-        typer.Argument(help="Snapshots of 'tpctl env --save', or one run directory. None: the launch to come."),
+        typer.Argument(
+            help="Snapshots of 'tpctl env --save', or one run directory, of a job that lives or has ended. "
+            "None: the launch to come."
+        ),
     ] = None,
     config: options.ConfigOption = None,
     sets: options.SetOption = None,
@@ -42,84 +51,154 @@ def parity_check(
     no_color: options.NoColorOption = False,
     debug: options.DebugOption = False,
 ) -> None:
-    """Compare values by rank or host. MUST differences fail, SHOULD differences warn; -o wide shows every key."""
+    """Compare values by rank or host. What must match fails, what should match warns; -o wide shows every key."""
     out = Output.open(output, quiet, no_color, debug)
-    if sources:
-        tables, expected, subject = gather(sources)
+    if not sources:
+        gathered = _launch(options.resolve(config, sets))
+    elif len(sources) == 1 and sources[0].is_dir():
+        gathered = _run(sources[0])
     else:
-        resolved = options.resolve(config, sets).config
-        tables, expected, subject = probe(resolved), max(2, resolved.world_size), "launch"
-        if resolved.world_size == 1:
-            # One rank cannot disagree with itself: the check is then between this process and the rank to be.
-            tables = {"here": snapshot.flatten(snapshot.take(options.resolve(config, sets))), **tables}
-            tables = {name: _comparable(table) for name, table in tables.items()}
-    rows = compare(tables)
-    verdict, coverage = judge(rows, len(tables), expected)
-    found = findings(rows)
-    steps = () if verdict is Verdict.PASS else ("tpctl config show --origin", "tpctl env")
-    data = {"subject": subject, "sources": list(tables), "rows": [row.to_dict() for row in rows]}
+        gathered = _snapshots(sources)
+    rows = compare(gathered.tables, gathered.sees)
+    judged, coverage = judge(rows, len(gathered.tables), gathered.expected)
+    verdict = worst([judged, *(finding.verdict for finding in gathered.findings)])
+    open_rows = {f"parity.{row.key}" for row in rows if _explained(row, gathered.explained)}
+    found = [finding for finding in findings(rows) if finding.id not in open_rows] + gathered.findings
+    found.sort(key=lambda finding: -ORDER.index(finding.verdict))
+    steps = () if verdict is Verdict.PASS else gathered.steps
+    differing = [row for row in rows if row.differs and not _explained(row, gathered.explained)]
+    counts = {word: sum(row.severity == word for row in differing) for word in (MUST, SHOULD, INFO)}
+    data = {
+        "subject": gathered.subject,
+        "mode": gathered.mode,
+        "sources": list(gathered.tables),
+        "states": gathered.states,
+        "differing": counts,
+        "rows": [row.to_dict() for row in rows],
+    }
     for row in rows:
         out.stream("row", row.to_dict())
-    columns = [Column("key", "key"), Column("severity", "severity"), Column("verdict", "verdict")]
-    columns += [Column(name, f"value:{name}") for name in tables] + [Column("differs", "differs")]
-    shown = [
-        {
-            **row.to_dict(),
-            "differs": ", ".join(row.minority) or ("-" if len(set(row.values.values())) == 1 else "no majority"),
-            **{f"value:{name}": value for name, value in row.values.items()},
-        }
-        for row in rows
-        if output is Format.wide or len(set(row.values.values())) > 1
-    ]
-    differing = [row for row in rows if len(set(row.values.values())) > 1]
-    summary = (
-        f"{verdict}  {subject}: {len(rows)} keys over {len(tables)} sources ({coverage.checked} of {coverage.expected} "
-        f"values compared), {len(differing)} differ, {sum(row.severity == INFO for row in differing)} of them for info"
-    )
+    wide = output is Format.wide
+    shown = [_shown(row, wide) for row in (rows if wide else sorted(differing, key=_urgency))]
+    columns = [Column(name, name) for name in ("verdict", "severity", "key", "majority", "differs")]
+    columns += [Column("coverage", "coverage", narrow=False, right=True)]
+    if len(gathered.tables) <= WIDE_SOURCES:
+        columns += [Column(name, f"value:{name}", narrow=False) for name in gathered.tables]
     out.emit(
-        Envelope("tpctl.parity-check", verdict, data, found, coverage, steps),
+        Envelope("tpctl.parity-check", verdict, data, tuple(found), coverage, steps),
         [Table(columns, shown)] if shown else (),
-        [summary, *(f"next: {step}" for step in steps)],
+        [*_summary(verdict, gathered, rows, coverage, counts), *(f"next: {step}" for step in steps)],
     )
     raise typer.Exit(int(for_verdict(verdict, strict)))
 
 
-def gather(paths: list[Path]) -> tuple[dict[str, dict[str, Any]], int, str]:
-    """Values by source from snapshot files, or from the rank reports of one run directory."""
-    if len(paths) == 1 and paths[0].is_dir():
-        return from_run(paths[0])
-    tables: dict[str, dict[str, Any]] = {}
-    for path in paths:
-        data = snapshot.read(path)
-        name = str(data.get("host", {}).get("name", path.stem))
-        tables[path.stem if name in tables or len({p.stem for p in paths}) == len(paths) else str(path)] = (
-            snapshot.flatten(data)
-        )
-    if len(tables) < len(paths):
+@dataclass
+class Gathered:
+    """Values by source, how many sources there should be, and what is known to be missing."""
+
+    subject: str
+    mode: str
+    tables: dict[str, dict[str, Any]]
+    expected: int
+    steps: tuple[str, ...] = ("tpctl config show --origin", "tpctl env")
+    sees: dict[str, Sees] = field(default_factory=dict)
+    states: dict[str, str] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    explained: set[str] = field(default_factory=set)
+
+
+def _launch(loaded: Loaded) -> Gathered:
+    config = loaded.config
+    tables, expected = probe(config), max(2, config.world_size)
+    silent = sorted({f"rank{rank}" for rank in range(config.world_size)} - tables.keys())
+    if config.world_size == 1:
+        # One rank cannot disagree with itself: the check is then between this process and the rank to be.
+        tables = {"here": _comparable(snapshot.flatten(snapshot.take(loaded))), **tables}
+    gathered = Gathered("launch", "launch", tables, expected)
+    if silent:
+        why = f"{', '.join(silent)} did not answer within {PROBE_TIMEOUT_S:g} s, or failed"
+        gathered.findings.append(Finding("parity.coverage", Verdict.UNKNOWN, why))
+    return gathered
+
+
+def _run(directory: Path) -> Gathered:
+    found = observe(directory)
+    steps = (f"tpctl triage {directory}", f"tpctl parity-check {directory} -o wide")
+    return Gathered(
+        f"run {directory.resolve().name}",
+        found.mode,
+        found.tables,
+        found.expected,
+        steps,
+        found.sees,
+        found.states,
+        found.findings,
+        found.explained,
+    )
+
+
+def _snapshots(paths: list[Path]) -> Gathered:
+    """Values by snapshot file, named by its stem where that tells them apart, else by its path.
+
+    Raises:
+        SnapshotError: a file that is missing, foreign, damaged, newer than this tool, or given twice.
+    """
+    if len({path.resolve() for path in paths}) < len(paths):
         raise SnapshotError(f"the same snapshot was given twice: {', '.join(map(str, paths))}", code="TP-7206")
-    return tables, len(paths), "snapshots"
+    unique = len({path.stem for path in paths}) == len(paths)
+    taken = {path.stem if unique else str(path): snapshot.read(path) for path in paths}
+    gathered = Gathered("snapshots", "snapshots", {}, max(2, len(paths)), ("tpctl env --save FILE on each host",))
+    for name, data in taken.items():
+        gathered.tables[name] = snapshot.flatten(data)
+        gathered.sees[name] = lambda key, data=data: snapshot.sees(data, key)  # type: ignore[misc]
+        gathered.states[name] = f"host {data['host']['name']}, schema {data['schema_version']}"
+        if not data.get("config"):
+            why = f"{name} holds no configuration: it could not be resolved when the snapshot was taken"
+            gathered.findings.append(Finding("parity.coverage", Verdict.UNKNOWN, why, where=name))
+            gathered.explained.add(name)
+    return gathered
 
 
-def from_run(directory: Path) -> tuple[dict[str, dict[str, Any]], int, str]:
-    """What the ranks of a run reported as effective. Every rank of the plan is expected to have reported."""
-    from engine.config import load
-    from tpctl.matrix.observation import read_reports
+def _explained(row: Row, explained: set[str]) -> bool:
+    """Whether nothing is known to differ here, and a finding says already why values are missing."""
+    missing = {source for source, value in row.values.items() if value == MISSING}
+    return bool(missing) and missing <= explained and len({v for v in row.values.values() if v != MISSING}) == 1
 
-    reports = read_reports(directory)
-    if not reports:
-        raise SnapshotError(
-            f"{directory} holds no rank reports (ranks/rank0.json, ...)", code="TP-7207", next_step="tpctl bringup"
-        )
-    config = directory / "config.toml"
-    expected = load([("run", config)]).config.world_size if config.is_file() else len(reports)
-    shared = ("collectives_per_call", "replicated_fingerprint")
-    tables = {
-        f"rank{rank}": {f"effective.{key}": value for key, value in report.get("effective", {}).items()}
-        | {f"generator.{key}": report["generator"][key] for key in shared if key in report.get("generator", {})}
-        | {"plan.tp_plan": report.get("tp_plan"), "info.state": report.get("state")}
-        for rank, report in sorted(reports.items())
+
+def _urgency(row: Row) -> tuple[int, int]:
+    return -ORDER.index(row.verdict), (MUST, SHOULD, INFO).index(row.severity)
+
+
+def _shown(row: Row, wide: bool) -> dict[str, Any]:
+    """A row for people: what most hold, and who holds what else. Without a majority: who holds what."""
+    holders = {value or EMPTY: sources for value, sources in row.holders().items()}
+    most = row.majority if row.majority is None else row.majority or EMPTY
+    others = {value: sources for value, sources in holders.items() if value != most}
+    return {
+        "key": row.key,
+        "severity": row.severity,
+        "verdict": row.verdict.value,
+        "majority": "no majority" if most is None else f"{most} ({len(holders[most])} of {len(row.values)})",
+        "differs": "; ".join(f"{spans(sources)}: {value}" for value, sources in others.items()) or None,
+        "coverage": f"{row.coverage.checked}/{row.coverage.expected}",
+        **({f"value:{name}": value for name, value in row.values.items()} if wide else {}),
     }
-    return tables, max(2, expected), f"run {directory.name}"
+
+
+def _summary(
+    verdict: Verdict, gathered: Gathered, rows: list[Row], coverage: Coverage, counts: dict[str, int]
+) -> list[str]:
+    mode = "" if gathered.mode == gathered.subject else f" ({gathered.mode})"
+    lines = [
+        f"{verdict}  {gathered.subject}{mode}: {len(rows)} keys over {len(gathered.tables)} of {gathered.expected} "
+        f"sources, {coverage.checked} of {coverage.expected} values known",
+        "differ: " + ", ".join(f"{number} {word}" for word, number in counts.items()),
+    ]
+    by_state: dict[str, list[str]] = {}
+    for name, state in gathered.states.items():
+        by_state.setdefault(state, []).append(name)
+    lines += [f"{spans(names)}: {state}" for state, names in by_state.items()]
+    return lines + [f"{f.verdict}  {f.message}" for f in gathered.findings]
 
 
 def probe(config: EngineConfig) -> dict[str, dict[str, Any]]:
@@ -133,26 +212,26 @@ def probe(config: EngineConfig) -> dict[str, dict[str, Any]]:
         path = Path(folder) / "config.toml"
         path.write_text(tomli_w.dumps(config.to_dict()), encoding="utf-8")
         command = [sys.executable, "-m", "tpctl.snapshot", str(path)]
-        running = {
-            f"rank{rank}": subprocess.Popen(
-                command, env=rank_environment() | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
-            )
-            for rank in range(config.world_size)
-        }
-        tables = {}
-        try:
-            for name, process in running.items():
-                text, _ = process.communicate(timeout=PROBE_TIMEOUT_S)
-                if process.returncode == 0:
-                    tables[name] = _comparable(snapshot.flatten(json.loads(text)))
-        except subprocess.TimeoutExpired:
-            pass  # this rank and those behind it stay uncovered
-        finally:
-            for process in running.values():
-                if process.poll() is None:
-                    process.kill()
-                process.communicate()
+        tables: dict[str, dict[str, Any]] = {}
+        # As many at once as there are cores, twice: a probe waits as much as it works.
+        with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as probes:
+            answers = probes.map(lambda rank: _probe_one(command, rank), range(config.world_size))
+            for rank, table in enumerate(answers):
+                if table is not None:
+                    tables[f"rank{rank}"] = table
     return tables
+
+
+def _probe_one(command: list[str], rank: int) -> dict[str, Any] | None:
+    environ = rank_environment() | {"RANK": str(rank)}
+    try:
+        done = subprocess.run(
+            command, env=environ, stdout=subprocess.PIPE, text=True, timeout=PROBE_TIMEOUT_S, check=False
+        )
+        data = json.loads(done.stdout) if done.returncode == 0 else None
+    except (subprocess.TimeoutExpired, OSError, ValueError):
+        return None
+    return _comparable(snapshot.flatten(data)) if isinstance(data, dict) else None
 
 
 def _comparable(table: Mapping[str, Any]) -> dict[str, Any]:
