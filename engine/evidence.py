@@ -1,8 +1,8 @@
 """Evidence for a deep KV audit: each chunk's frame, and samples of the cache after each of its generator calls.
 
-Off unless `run.record_frames` asks for it. Rank 0 keeps the frames, in the schema that carries everything: under a plan
-that sends less, the completed envelope. Every mesh rank keeps samples of its heads. Keeping them never harms the job: a
-full disk ends the keeping, not the rank, and the rank says so once.
+Off unless `run.record_frames` asks for it. The mesh leader keeps the frames, in the schema that carries everything:
+under a plan that sends less, or on another wire, the completed envelope. Every mesh rank keeps samples of its heads.
+Keeping them never harms the job: a full disk ends the keeping, not the rank, and the rank says so once.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from engine.wire.header import Limits, LinkState
 class FrameKeeper:
     """Stores each INFER frame: header, meta and payload, byte for byte as `prepare` makes them for v1.1c."""
 
-    def __init__(self, run_dir: Path, job: str, config: EngineConfig, device: str) -> None:
+    def __init__(self, run_dir: Path, job: str, rank: int, config: EngineConfig, device: str) -> None:
         self._run_dir = run_dir
         self._job = job
+        self._rank = rank
         self._link = LinkState()
         self._shapes = Shapes.of(config)
         self._limits = Limits.of(config)
@@ -46,7 +47,7 @@ class FrameKeeper:
         self._link.advance(frame.header)
         payload = b"" if frame.payload is None else frame.payload.cpu().numpy().tobytes()
         chunk_index = envelope.plan.chunk_index
-        seal = Seal(Kind.FRAME, self._job, 0, chunk_index)
+        seal = Seal(Kind.FRAME, self._job, self._rank, chunk_index)
         write_sealed(frame_path(self._run_dir, chunk_index), seal, frame.header_bytes + frame.meta + payload)
 
 
@@ -89,9 +90,9 @@ class Evidence:
         heads = config.dims.num_heads // mesh.size
         sampler = KVSampler(int(mesh.group_rank) * heads, config.dims.num_heads)
         evidence = cls(samples_dir(run_dir, mesh.rank), job, mesh.rank, sampler, warn)
-        if mesh.rank == 0:
+        if mesh.is_leader:
             try:
-                evidence._frames = FrameKeeper(run_dir, job, config, device)
+                evidence._frames = FrameKeeper(run_dir, job, mesh.rank, config, device)
             except OSError as error:
                 evidence._stop_frames(error, "from the start")
         return evidence

@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # a generator-only worker never imports the codecs
     from engine.materials import Materials
 
 Method = Callable[..., Any]
+DRIFT, DRIFT_LAYER, DRIFT_HEAD = 0.01, 1, 1  # about a hundredth of a key; the head is counted on the victim
 CALL = 2  # faults in the middle of phase B come with this generator call of the chunk
 FILE_LIMIT_BYTES = 140_000  # room for the raw sink's index and two chunks of the drills' size, not for three
 
@@ -80,7 +81,9 @@ def differ(config: EngineConfig, rank: int) -> EngineConfig:
     drill = config.drill
     if not drill.id:
         return config
-    if drill.id not in FAULTS:
+    if drill.id in AUDITED and drill.without_guard:
+        raise ConfigError(f"{drill.id} has no guard to switch off: an audit finds it", code="TP-1013")
+    if drill.id not in FAULTS and drill.id not in AUDITED:
         raise ConfigError(f"drill.id: there is no drill '{drill.id}'", code="TP-1013", next_step="tpctl drill --list")
     if not drill.differs or rank != drill.victim_rank:
         return config
@@ -121,7 +124,7 @@ def plant(
     if drill.debug_collective:
         _debug_collective(scene)
     if rank == drill.victim_rank:
-        FAULTS[drill.id](scene)
+        (FAULTS.get(drill.id) or AUDITED[drill.id])(scene)
 
 
 def wrap(owner: object, name: str, make: Callable[[Method], Method]) -> None:
@@ -273,6 +276,27 @@ def _nan(scene: Scene) -> None:
                 if calls == CALL:
                     scene.inject()
                     flow_BFCHW[0, 0, 0, 0, 0] = float("nan")
+            return flow_BFCHW
+
+        return altered
+
+    wrap(scene.stage1, "dit", make)
+
+
+def _drift(scene: Scene) -> None:
+    """After generator call `CALL` of the chunk, one head's cached keys are slightly wrong and all indices right."""
+    calls = 0
+
+    def make(call: Method) -> Method:
+        def altered(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            flow_BFCHW = call(*args, **kwargs)
+            if scene.groups.gate.ids["chunk_index"] == scene.drill.at_chunk:
+                calls += 1
+                if calls == CALL:
+                    scene.inject()
+                    kv = scene.stage1.kv
+                    kv.memory[0][DRIFT_LAYER, :, : kv.local_end_index[DRIFT_LAYER], DRIFT_HEAD] += DRIFT
             return flow_BFCHW
 
         return altered
@@ -464,6 +488,10 @@ FAULTS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
         "OM-26": _fill_the_disk,
     }
 )
+
+
+# Faults of content that every rank carries on from alike, so that no tripwire sees them: `tpctl kv-audit --deep` does.
+AUDITED: Mapping[str, Callable[[Scene], None]] = MappingProxyType({"KV-DRIFT": _drift})
 
 
 # Guards that find nothing -------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Replays recorded frames on one process, with all heads, and takes the samples that each rank took.
 
-    python -m engine.replay --config RUN/config.toml --run-dir RUN --out DIR [--job NAME]
+    python -m engine.replay --config RUN/config.toml --run-dir RUN --out DIR [--job NAME] [--tied]
 
 Writes `DIR/chunk_00000.samples`..., reads `RUN/frames`, and changes nothing in the run. One JSON object a line on
 stdout: `start` (what it replays with), then for each frame `chunk` (replayed) or `skip` (why not), then `end`; `error`
@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import struct
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,15 +184,25 @@ def say(event: str, **facts: Any) -> None:
     print(json.dumps({"event": event, **facts}), flush=True)
 
 
+def _end_with_stdin() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="engine.replay", description="Replay recorded frames on one process.")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--job", help="refuse frames of any other job; default: the job of the first frame")
+    parser.add_argument("--tied", action="store_true", help="end when stdin does: with whoever started this process")
     arguments = parser.parse_args(argv)
+    if arguments.tied:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
-        arguments.out.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not arguments.out.is_dir():  # whoever asked may have gone, and taken it along
+            raise ReplayError(f"there is no directory {arguments.out}")
         config = configuration.load([("run", arguments.config)]).config
         Replay(config, arguments.run_dir, arguments.out, arguments.job).run()
     except EngineError as error:

@@ -22,13 +22,10 @@ import numpy as np
 import torch
 
 from engine.model.kv_cache import CrossAttnCache, KVCache, Span
+from engine.sealed import SAMPLES_ALGORITHM, SAMPLES_SCHEMA, SAMPLES_VERSION, SUMS
 
-SCHEMA, SCHEMA_VERSION = "tpctl.kv-samples", 1
-# Names what is sampled and where: samples under different names are never compared.
-ALGORITHM = "kv-samples-1"
 SAMPLED_TOKENS = 16
 SAMPLED_DIMS = 4
-SUMS = ("sum", "abs-sum", "signed-sum")
 
 
 class KVSampler:
@@ -44,6 +41,7 @@ class KVSampler:
         self.total_heads = total_heads
         self._chunk_index = -1
         self._calls: dict[str, list[torch.Tensor]] = {}
+        self._sizes: dict[str, int] = {}
         self._signs: dict[tuple[int, int], torch.Tensor] = {}
 
     def begin(self, chunk_index: int) -> None:
@@ -56,6 +54,7 @@ class KVSampler:
         span = kv.last
         if span is None:
             raise ValueError("no generator call has filled the cache yet")
+        self._sizes = {"frame_tokens": kv.tokens_per_frame, "text_len": cross.text_len, "head_dim": kv.shape[3]}
         self._calls["samples"].append(self._sample(kv, span, len(self._calls["spans"])))
         self._calls["sums"].append(self._sums(kv, span))
         texts_NTHd = (cross.k_NBTHd[:, 0], cross.v_NBTHd[:, 0])
@@ -69,11 +68,12 @@ class KVSampler:
 
         tensors = {name: torch.stack(calls).cpu().contiguous() for name, calls in self._calls.items()}
         own = {
-            "schema": SCHEMA,
-            "schema_version": SCHEMA_VERSION,
-            "algorithm": ALGORITHM,
+            "schema": SAMPLES_SCHEMA,
+            "schema_version": SAMPLES_VERSION,
+            "algorithm": SAMPLES_ALGORITHM,
             "first_head": self.first_head,
             "total_heads": self.total_heads,
+            **self._sizes,
         }
         raw: bytes = save(tensors, {key: str(value) for key, value in {**own, **facts}.items()})
         return raw

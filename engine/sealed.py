@@ -23,6 +23,10 @@ from engine.errors import EngineError
 
 MAGIC, VERSION = b"TPCTLSEA", 1
 DIGEST_BYTES = 16
+# What a SAMPLES body says about itself. The algorithm names what is sampled and where: samples under different names
+# are never compared. The kinds of sums stand in the order in which they are kept.
+SAMPLES_SCHEMA, SAMPLES_VERSION, SAMPLES_ALGORITHM = "tpctl.kv-samples", 1, "kv-samples-1"
+SUMS = ("sum", "abs-sum", "signed-sum")
 REPLAY_RANK = -1  # samples that no rank made, but a replay on one process
 
 _WORDS = struct.Struct("<8sII32siqq")

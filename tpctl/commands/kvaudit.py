@@ -1,7 +1,12 @@
-"""`tpctl kv-audit`: have all ranks kept the same cache history? Of a job that is gone, or of one that runs."""
+"""`tpctl kv-audit`: have all ranks kept the same cache history? Of a job that is gone, or of one that runs.
+
+With `--deep`, also the same content: recorded frames are replayed on one process, and every rank's samples are compared
+with those of the replay.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from pathlib import Path
@@ -9,35 +14,57 @@ from typing import Annotated
 
 import typer
 
+from engine.config import load
+from engine.errors import EngineError
 from tpctl import options
 from tpctl.exitcodes import ExitCode, for_verdict
 from tpctl.follow import RunRecords
 from tpctl.kvaudit import Auditor
+from tpctl.kvdeep import ANSWER, DeepAudit, dig, table
+from tpctl.kvreplay import config_path, require_frames
 from tpctl.matrix.observation import read_reports
 from tpctl.output import Column, Envelope, Format, Output, Table
 from tpctl.verdict import Coverage, Finding, Verdict, worst
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 POLL_S = 0.1
-ANSWER = {Verdict.PASS: "consistent", Verdict.FAIL: "diverged"}
 
 
-@app.command(epilog="Examples: tpctl kv-audit RUN | tpctl kv-audit RUN -o json | tpctl kv-audit RUN --live")
+@app.command(
+    epilog="Examples: tpctl kv-audit RUN | tpctl kv-audit RUN -o json | tpctl kv-audit RUN --live | "
+    "tpctl kv-audit RUN --deep"
+)
 def kv_audit(
     run_dir: Annotated[Path, typer.Argument(help="The run directory.", metavar="RUN_DIR")],
     live: Annotated[bool, typer.Option("--live", help="Follow the job until it ends.")] = False,
     timeout_s: Annotated[float, typer.Option("--timeout", help="With --live: seconds at most; 0 is no limit.")] = 0.0,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Replay recorded frames on one process; compare every rank's cache with it.")
+    ] = False,
+    tolerance: Annotated[
+        float,
+        typer.Option("--tolerance", min=0.0, help="With --deep: the largest deviation, relative; 0: the dtype's own."),
+    ] = 0.0,
+    replay_timeout_s: Annotated[
+        float, typer.Option("--replay-timeout", min=0.0, help="With --deep: seconds for the replay; 0 is no limit.")
+    ] = 900.0,
     output: options.OutputOption = Format.table,
     quiet: options.QuietOption = False,
     no_color: options.NoColorOption = False,
     debug: options.DebugOption = False,
 ) -> None:
-    """Compare the cache history of all ranks; name the first chunk, field, layer and rank that diverged."""
+    """Compare the cache history of all ranks; name the first chunk, field, layer and rank that diverged.
+
+    With --deep, name the first generator call, layer, head and rank whose cached values differ from a replay's.
+    """
     out = Output.open(output, quiet, no_color, debug)
     records = RunRecords(run_dir)
+    if deep and not live:
+        require_frames(run_dir)
     records.poll()
     job, late = records.settle(), False
-    auditor = Auditor(records.expected_ranks)
+    outside = ranks_outside(run_dir)
+    auditor = Auditor(records.expected_ranks - outside)
     _feed(records, auditor, out)
     deadline = time.monotonic() + timeout_s if timeout_s else float("inf")
     while live and (alive := records.alive()):
@@ -47,18 +74,22 @@ def kv_audit(
         threading.Event().wait(POLL_S)
         records.poll()
         job = records.settle()
-        auditor.ranks = max(auditor.ranks, records.expected_ranks)
+        auditor.ranks = max(auditor.ranks, records.expected_ranks - outside)
         _feed(records, auditor, out)
     if live:
         records.poll()  # what came between the last look and the end
         _feed(records, auditor, out)
     for found in auditor.close():
         out.stream("divergence", found.to_dict())
-    envelope = judge(records, auditor, job, live)
+    dug = dig(run_dir, job, tolerance, replay_timeout_s, out) if deep else None
+    late = late or (dug is not None and dug.late)
+    envelope = judge(records, auditor, job, live, dug, outside)
     data = envelope.data
     columns = [Column(name, name) for name in ("rank", "chunks", "ended", "problem")]
-    words = f"{data['answer']}  {envelope.coverage.checked} of {envelope.coverage.expected} chunk records compared"
-    out.emit(envelope, [Table(columns, data["ranks"])], [words, *(finding.message for finding in envelope.findings)])
+    unit = "chunk records" if dug is None else "chunk records and (chunk, call, layer, head)"
+    words = f"{data['answer']}  {envelope.coverage.checked} of {envelope.coverage.expected} {unit} compared"
+    tables = [Table(columns, data["ranks"]), *([table(dug)] if dug is not None else [])]
+    out.emit(envelope, tables, [words, *(finding.message for finding in envelope.findings)])
     code = for_verdict(envelope.verdict)
     raise typer.Exit(int(ExitCode.DEADLINE if late and code is not ExitCode.CHECK_FAILED else code))
 
@@ -72,12 +103,30 @@ def _feed(records: RunRecords, auditor: Auditor, out: Output) -> None:
                     out.say(found.sentence())
 
 
-def judge(records: RunRecords, auditor: Auditor, job: str | None, live: bool) -> Envelope:
-    """The answer: a difference is proof whatever is missing; without one, whatever is missing leaves it open."""
+def ranks_outside(run_dir: Path) -> int:
+    """Ranks before the mesh, which hold no cache: Stage 0's in pp. 0 where no configuration can be read."""
+    with contextlib.suppress(EngineError):
+        config = load([("run", config_path(run_dir))]).config
+        return config.world_size - config.plan.tp
+    return 0
+
+
+def judge(
+    records: RunRecords,
+    auditor: Auditor,
+    job: str | None,
+    live: bool,
+    deep: DeepAudit | None = None,
+    outside: int = 0,
+) -> Envelope:
+    """The answer: a difference is proof whatever is missing; without one, whatever is missing leaves it open.
+
+    `outside` counts the ranks before the mesh.
+    """
     reports = read_reports(records.run_dir)
     ranks, findings = [], []
     known = [len(report["chunks"]) for report in reports.values() if report.get("exit_code") is not None]
-    for rank in range(auditor.ranks):
+    for rank in range(outside, outside + auditor.ranks):
         one, report = records.ranks.get(rank), reports.get(rank, {})
         ended = report.get("exit_code") is not None
         problem = one.problem if one else f"rank {rank} has no chunk records"
@@ -103,10 +152,14 @@ def judge(records: RunRecords, auditor: Auditor, job: str | None, live: bool) ->
         )
         findings.insert(0, diff)
     coverage = Coverage(auditor.compared, max(auditor.expected(max(known, default=0)), auditor.compared))
-    if auditor.ranks < 2 or coverage.checked < coverage.expected or not coverage.checked:
-        why = "one rank has nobody to differ from" if auditor.ranks < 2 else "not every chunk record met its equals"
+    alone = auditor.ranks < 2 and deep is None  # a replay is somebody to differ from
+    if alone or coverage.checked < coverage.expected or not coverage.checked:
+        why = "one rank has nobody to differ from" if alone else "not every chunk record met its equals"
         said = f"{coverage.checked} of {coverage.expected} chunk records compared: {why}"
         findings.append(Finding("kv.coverage", Verdict.UNKNOWN, said, coverage.checked, coverage.expected))
+    if deep is not None:
+        findings += deep.findings(records.run_dir)
+        coverage = Coverage(coverage.checked + deep.compared, coverage.expected + deep.expected)
     verdict = worst([Verdict.PASS, *(finding.verdict for finding in findings)])
     data = {
         "job": job,
@@ -118,6 +171,7 @@ def judge(records: RunRecords, auditor: Auditor, job: str | None, live: bool) ->
         "differences": auditor.differences,
         "first": first.to_dict() if first else None,
         "divergences": [found.to_dict() for found in auditor.divergences],
+        "deep": deep.to_dict() if deep is not None else None,
     }
     steps = () if verdict is Verdict.PASS else (f"tpctl triage {records.run_dir}",)
     return Envelope("tpctl.kv-audit", verdict, data, tuple(findings), coverage, steps, records.run_dir.name)
