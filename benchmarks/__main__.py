@@ -18,7 +18,17 @@ from typing import Any
 
 from benchmarks.measure import Row
 
-NAMES = ("help_time", "envelope", "generator", "tensor_parallel", "worker_memory", "blackbox", "tripwires", "rivals")
+NAMES = (
+    "help_time",
+    "envelope",
+    "generator",
+    "tensor_parallel",
+    "worker_memory",
+    "blackbox",
+    "tripwires",
+    "rivals",
+    "parity_scale",
+)
 RESULTS = Path(__file__).with_name("results.json")
 VERDICTS = {True: "met", False: "MISSED", None: ""}
 

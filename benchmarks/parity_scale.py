@@ -171,6 +171,15 @@ class Table:
         take([self._laid[owner] for owner in self._owner])
         self.barrier.wait()
 
+    def total(self, rank: int, sent: Any) -> Any:
+        """The sum. Of the many ranks that one thread stands for, the thread itself is the only one with anything to
+        add: in `parity.check` ranks that agree with most add nothing, but for the first of them."""
+        self._laid[rank] = sent
+        self.barrier.wait()
+        found = sum(self._laid.values())
+        self.barrier.wait()
+        return found
+
 
 class _Here(threading.local):
     """Of one rank's thread."""
@@ -204,13 +213,10 @@ def counted_backend() -> Iterator[None]:
             HERE.traffic.add("all_gather", inputs[0].nbytes, inputs[0].nbytes * (self.places - 1))
             return threaded.ret_work(outputs)
 
-        def broadcast(self, tensors: Any, options: Any) -> Any:
-            root = options.rootRank
-            HERE.table.exchange(
-                self.place, tensors[0], lambda laid: None if self.place == root else tensors[0].copy_(laid[root])
-            )
-            size = tensors[0].nbytes
-            HERE.traffic.add("broadcast", size if self.place == root else 0, 0 if self.place == root else size)
+        def allreduce(self, tensors: Any, *_: Any) -> Any:
+            total = HERE.table.total(self.place, tensors[0])
+            tensors[0].copy_(total)
+            HERE.traffic.add("all_reduce", 2 * tensors[0].nbytes, 2 * tensors[0].nbytes)  # as a ring does it
             return threaded.ret_work(tensors)
 
         def size(self) -> int:
@@ -244,7 +250,7 @@ def _bytes_row(name: str, found: Mapping[str, Measured]) -> Row:
         rival=gathered / 1e3,
         unit="kB",
         ratio=moved / gathered,
-        target=1.0 if "every" in name else 0.3 if "differs" in name else 0.1,
+        target=1.0 if "every" in name else 0.5 if "differs" in name else 0.1,
         note=f"of the busiest rank; {own.calls} collectives against {other.calls}",
     )
 

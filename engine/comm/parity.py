@@ -13,15 +13,13 @@ import struct
 from collections import Counter
 from collections.abc import Mapping
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.comm.group import Group
 from engine.config import EngineConfig
 from engine.errors import ParityError
-
-if TYPE_CHECKING:
-    import torch
 
 PROTOCOL = 2  # of this exchange; ranks of another one are refused after the first hash
 DETAIL_BYTES = 2048  # of differing values that one rank sends
@@ -72,9 +70,9 @@ def shape_observation(config: EngineConfig, mesh_size: int, effective: Mapping[s
 def check(group: Group, observation: Mapping[str, str], what: str) -> None:
     """Compare `observation` over the group.
 
-    Equal everywhere: one all-gather of 48 bytes a rank, whatever the observation's size. A difference: the leader's
-    values once, then from each rank the values that are not the leader's, `DETAIL_BYTES` at most. All ranks decide by
-    what all of them received, so they make the same collectives and raise together.
+    Equal everywhere: one all-gather of 48 bytes a rank, whatever the observation's size. A difference: once the values
+    of a rank that agrees with most, then from each rank the values that are not those, `DETAIL_BYTES` at most. All
+    ranks decide by what all of them received, so they make the same collectives and raise together.
 
     Raises:
         ParityError: on every rank of the group alike, with value by rank for each key that differs.
@@ -93,13 +91,28 @@ def check(group: Group, observation: Mapping[str, str], what: str) -> None:
     if set(protocols) != {PROTOCOL}:
         # Ranks that compare in different ways must not begin: they would wait for each other.
         raise _error({rank: {"protocol": str(one)} for rank, one in zip(members, protocols, strict=True)}, what)
-    text = _bytes(own, int(gathered[0, 4]))
-    leader = json.loads(group.broadcast(text).numpy().tobytes())
-    detail = json.dumps(_detail(leader, seen)).encode()
+    digests = [tuple(row) for row in gathered[:, :4].tolist()]
+    reference = digests.index(Counter(digests).most_common(1)[0][0])
+    place = int(group.group_rank)
+    lengths = [int(gathered[reference, 4]) if one == reference else 0 for one in range(group.size)]
+    usual = json.loads(_concatenated(group, own if place == reference else b"", lengths, place)[reference])
+    detail = _detail(usual, seen)
     sizes = torch.stack(group.all_gather(torch.tensor([len(detail)]))).flatten().tolist()
-    parts = group.all_gather(_bytes(detail, max(sizes)))
-    received = [json.loads(raw[:size].numpy().tobytes()) for size, raw in zip(sizes, parts, strict=True)]
-    raise _error(_by_rank(leader, dict(zip(members, received, strict=True))), what)
+    parts = _concatenated(group, detail, sizes, place)
+    details = {rank: json.loads(part) if part else {} for rank, part in zip(members, parts, strict=True)}
+    raise _error(_by_rank(usual, details), what)
+
+
+def _concatenated(group: Group, own: bytes, sizes: list[int], place: int) -> list[bytes]:
+    """The bytes of every member, of sizes that all know. A sum, to which each rank adds its own part alone: so what
+    travels is as large as what there is to say, where an all-gather would pad everybody to the longest."""
+    import torch
+
+    ends = list(accumulate(sizes))
+    total = bytearray(ends[-1])
+    total[ends[place] - sizes[place] : ends[place]] = own
+    raw = group.all_reduce(torch.frombuffer(total, dtype=torch.uint8)).numpy().tobytes() if total else b""
+    return [raw[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
 def _short(value: str) -> str:
@@ -110,36 +123,27 @@ def _short(value: str) -> str:
     return f"{value[:VALUE_HEAD]}... ({len(value)} characters, sha256 {digest})"
 
 
-def _bytes(text: bytes, size: int) -> torch.Tensor:
-    """uint8 [size]: the text, cut or padded with zeros."""
-    import torch
-
-    padded = bytearray(size)
-    padded[: min(len(text), size)] = text[:size]
-    return torch.frombuffer(padded, dtype=torch.uint8)
-
-
-def _detail(leader: Mapping[str, str], seen: Mapping[str, str]) -> dict[str, Any]:
-    """What is not as at the leader, in order of keys, as much as fits. `upto` is the last key that was looked at."""
-    differing = [key for key in sorted(leader.keys() | seen.keys()) if leader.get(key) != seen.get(key)]
-    detail: dict[str, Any] = {"values": {}, "upto": None}
-    room = DETAIL_BYTES
+def _detail(usual: Mapping[str, str], seen: Mapping[str, str]) -> bytes:
+    """What is not as usual, in order of keys, as much as fits; nothing at all if all is. `upto` is where it was cut."""
+    differing = [key for key in sorted(usual.keys() | seen.keys()) if usual.get(key) != seen.get(key)]
+    values: dict[str, str | None] = {}
+    upto, room = None, DETAIL_BYTES
     for key in differing:
         room -= len(json.dumps({key: seen.get(key)}).encode())
-        if room < 0 and detail["values"]:
-            detail["upto"] = list(detail["values"])[-1]
+        if room < 0 and values:
+            upto = list(values)[-1]
             break
-        detail["values"][key] = seen.get(key)
-    return detail
+        values[key] = seen.get(key)
+    return json.dumps({"values": values, "upto": upto}).encode() if values else b""
 
 
-def _by_rank(leader: Mapping[str, str], details: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, str]]:
+def _by_rank(usual: Mapping[str, str], details: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, str]]:
     """The values of each rank for the keys that anybody sent. What a rank had no room for is said to be so."""
-    keys = sorted({key for detail in details.values() for key in detail["values"]})
+    keys = sorted({key for detail in details.values() for key in detail.get("values", ())})
     found: dict[int, dict[str, str]] = {}
     for rank, detail in details.items():
-        values, upto = detail["values"], detail["upto"]
-        row = {key: values[key] if key in values else leader.get(key) for key in keys}
+        values, upto = detail.get("values", {}), detail.get("upto")
+        row = {key: values[key] if key in values else usual.get(key) for key in keys}
         if upto is not None:
             row |= {key: NOT_SENT for key in keys if key > upto and key not in values}
         found[rank] = {key: value for key, value in row.items() if value is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -59,13 +60,13 @@ def test_equal_ranks_exchange_one_hash_whatever_the_size_of_what_they_compare(si
 
 
 @pytest.mark.parametrize("size", [8, 64, 512])
-def test_a_difference_costs_the_leaders_values_once_and_then_only_what_differs(size: int) -> None:
+def test_a_difference_costs_the_usual_values_once_and_then_only_what_differs(size: int) -> None:
     found = run(size, ONE)
     own = sum(len(key) + len(value) + len('"": "", ') for key, value in observation().items())
     for rank, traffic in found.traffic.items():
-        assert traffic.ops == ["all_gather", "broadcast", "all_gather", "all_gather"], rank
+        assert traffic.ops == ["all_gather", "all_reduce", "all_gather", "all_reduce"], rank
         shared = (HASH + 8) * (size - 1)
-        assert traffic.received - shared < 1.3 * own + 100 * (size - 1)
+        assert traffic.received - shared < 2 * (1.3 * own + 100), rank  # each byte of a sum travels twice
     messages = {str(error) for error in found.errors.values()}
     assert len(messages) == 1
     assert f"the odd one out is rank {size - 1}" in messages.pop()
@@ -85,26 +86,44 @@ def test_the_rival_pays_for_the_whole_observation_every_time() -> None:
     assert found["rival"].traffic[1].received > 50 * found["ours"].traffic[1].received
 
 
-def test_the_leader_may_be_the_odd_one() -> None:
-    errors = run(64, ONE, odd=0).errors
-    assert set(errors) == {0, 1, 63}
-    for error in errors.values():
-        assert "the odd one out is rank 0" in str(error)
+@pytest.mark.parametrize("case", [ONE, EVERY])
+def test_the_leader_may_be_the_odd_one_at_no_other_cost(case: str) -> None:
+    found, mirrored = run(64, case, odd=0), run(64, case)
+    assert set(found.errors) == {0, 1, 63}
+    for error in found.errors.values():
         assert isinstance(error, ParityError)
         assert error.evidence["minority"] == [0]
+        assert "the odd one out is rank 0" in str(error)
+    assert found.traffic[1] == mirrored.traffic[1]
+    everybody = run(8, case, odd=0, everybody=True)
+    assert {str(error) for error in everybody.errors.values()} == {str(e) for e in run(8, case, odd=0).errors.values()}
 
 
 def test_a_difference_in_everything_at_512_ranks_stays_bounded_and_readable() -> None:
     large = observation() | {f"config.more.{index:03}": "x" * 5000 for index in range(300)}
     found = run(512, EVERY, base=large)
-    # A rank's part stays under DETAIL_BYTES and one value more; 300 long values of the leader travel shortened.
-    assert max(traffic.received for traffic in found.traffic.values()) < 511 * (2 * parity.DETAIL_BYTES) + 100_000
+    shared, usual = (HASH + 8) * 511, 2 * 400 * 150  # 300 long values travel shortened
+    assert max(traffic.received for traffic in found.traffic.values()) < shared + usual + 2 * 2 * parity.DETAIL_BYTES
     error = found.errors[1]
     assert isinstance(error, ParityError)
     assert len(str(error)) < 1500
     assert len(str(error.evidence)) < 50_000
     assert error.evidence["ranks"] == 512
     assert all("511" in row for row in error.evidence["differences"].values())
+
+
+def test_ranks_that_all_differ_send_no_more_than_their_share() -> None:
+    def body(group: Group, seen: Mapping[str, str]) -> None:
+        own = {key: f"{value} of rank {group.rank}" for key, value in seen.items()}
+        parity.check(group, own | {f"more.{index:03}": f"{group.rank}" for index in range(300)}, "values")
+
+    found = simulate(16, CASES[EQUAL], {"ours": body}, everybody=True)["ours"]
+    assert len({str(error) for error in found.errors.values()}) == 1
+    bound = (HASH + 8) * 15 + 2 * 30_000 + 2 * 16 * 1.2 * parity.DETAIL_BYTES
+    assert max(traffic.received for traffic in found.traffic.values()) < bound
+    evidence = found.errors[3].evidence  # type: ignore[attr-defined]
+    assert evidence["minority"] == []
+    assert all(len(row) == 16 for row in evidence["differences"].values())
 
 
 def test_a_long_value_that_differs_at_its_end_is_named_and_travels_short() -> None:
@@ -121,13 +140,11 @@ def test_a_long_value_that_differs_at_its_end_is_named_and_travels_short() -> No
 
 def test_what_had_no_room_is_said_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "DETAIL_BYTES", 40)
-    leader = {"a": "1", "b": "1", "c": "1", "d": "1"}
-    details = {
-        0: parity._detail(leader, leader),
-        1: parity._detail(leader, dict.fromkeys(leader, "2" * 20)),
-        2: parity._detail(leader, leader | {"d": "3"}),
-    }
-    assert parity._by_rank(leader, details) == {
+    usual = {"a": "1", "b": "1", "c": "1", "d": "1"}
+    seen = (usual, dict.fromkeys(usual, "2" * 20), usual | {"d": "3"})
+    sent = [parity._detail(usual, one) for one in seen]
+    assert sent[0] == b""
+    assert parity._by_rank(usual, {rank: json.loads(one) if one else {} for rank, one in enumerate(sent)}) == {
         0: {"a": "1", "d": "1"},
         1: {"a": "2" * 20, "d": parity.NOT_SENT},
         2: {"a": "1", "d": "3"},
