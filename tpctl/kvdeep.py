@@ -3,8 +3,7 @@
 The replay is the reference, so one rank alone can be judged, and a deviation names the rank whose heads have it. What
 follows a deviation is its consequence: the ranks that deviate first are told from those that only follow.
 
-Shape legend: C generator calls, N layers, X keys and values (2), H heads, P sampled tokens, D sampled dims, W frames of
-the window, M kinds of sums (3: plain, of magnitudes, signed).
+Shape legend: C generator calls, N layers, X keys and values (2), H heads of a rank, K measures.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config import load
 from engine.records import RecordsError, read_records
-from engine.sealed import SUMS, SealedError, chunks_in, frame_path, frames_dir, samples_dir
+from engine.sealed import SealedError, chunks_in, frame_path, frames_dir, samples_dir
+from tpctl.kvmeasure import MEASURES, NAMES, TOLERANCE, Deviation, measure
 from tpctl.kvreplay import Replayed, config_path, frames_job, replay, require_frames
 from tpctl.kvsamples import Samples, read_samples
 from tpctl.matrix.observation import read_reports
@@ -25,54 +25,10 @@ from tpctl.output import Column, Output, Table
 from tpctl.verdict import Finding, Verdict
 
 if TYPE_CHECKING:
-    import numpy as np
+    from tpctl.kvsamples import Array
 
-    Array = np.ndarray[Any, np.dtype[np.float64]]
-
-# Relative to the mean magnitude of the head's cached values. Sums over the mesh round in another order than on one
-# process: in float32 that reads about 2e-6 here after a chunk, and the engine is held to 5e-6 of its reference; the
-# limit is twenty times that, and a hundredth of a drift of one percent. Half precision rounds every cached value to
-# 2^-8 or 2^-11 of itself, and layers add up.
-TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 ANSWER = {Verdict.PASS: "consistent", Verdict.FAIL: "diverged"}
 KEPT = 20  # problems kept in full; the rest is counted
-CACHES = ("text", "self")  # in the order in which a call fills them
-NAMES = ("key", "value")
-MEASURES = ("sample", *SUMS)
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """One head of one layer after one generator call (from 1), beyond the tolerance. `head` as the model counts."""
-
-    chunk_index: int
-    cache_epoch: int
-    call_id: int
-    call: int
-    calls: int
-    cache: str
-    layer: int
-    head: int
-    rank: int
-    tensor: str
-    measure: str
-    deviation: float
-
-    @property
-    def place(self) -> tuple[int, int, int, int]:
-        """Where it stands in the order of computation: chunk, call, text before the layers, layer."""
-        return self.chunk_index, self.call, CACHES.index(self.cache), self.layer if self.cache == "self" else 0
-
-    def sentence(self) -> str:
-        where = f"chunk {self.chunk_index}, generator call {self.call} of {self.calls}, layer {self.layer}"
-        cache = "text cache" if self.cache == "text" else "cache"
-        return (
-            f"{where}, head {self.head}: rank {self.rank}'s {cache} deviates from the replay by {self.deviation:.2g} "
-            f"({self.tensor}s, {self.measure})"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "sentence": self.sentence()}
 
 
 @dataclass
@@ -353,48 +309,6 @@ def _mismatch(taken: Samples, reference: Samples, heads: range, layers: int) -> 
     if taken.sums_CNXHWM.shape[4] != reference.sums_CNXHWM.shape[4] or taken.calls != reference.calls:
         return f"holds {taken.calls} calls, the replay {reference.calls}"
     return None
-
-
-def measure(taken: Samples, reference: Samples) -> dict[str, Array]:
-    """Deviation by cache as [C, N, X, H, K], K over `MEASURES`: relative, and infinite where it has no measure."""
-    import numpy as np
-
-    mine = slice(taken.first_head, taken.heads.stop)
-    samples_CNXHPD, sums_CNXHWM = reference.samples_CNXHPD[:, :, :, mine], reference.sums_CNXHWM[:, :, :, mine]
-    text_CNXHM = reference.text_CNXHM[:, :, :, mine]
-    live_C111 = (reference.spans_C3[:, 2] * reference.head_dim)[:, None, None, None]
-    mean_CNXH = sums_CNXHWM[..., 1].sum(-1) / np.maximum(live_C111, 1)
-    sampled_CNXH = _relative(np.abs(taken.samples_CNXHPD - samples_CNXHPD).max((-1, -2)), mean_CNXH)
-    # Where a rank wrote elsewhere than the replay, its samples are of other places: nothing of that call agrees.
-    sampled_CNXH[(taken.spans_C3 != reference.spans_C3).any(1)] = np.inf
-    frame_values, text_values = (tokens * reference.head_dim for tokens in (reference.frame_tokens, reference.text_len))
-    own_CNXHM = _of_sums(taken.sums_CNXHWM, sums_CNXHWM, frame_values).max(-2)
-    text_CNXHM = _of_sums(taken.text_CNXHM, text_CNXHM, text_values)
-    return {
-        "text": np.concatenate([np.zeros_like(sampled_CNXH)[..., None], text_CNXHM], axis=-1),
-        "self": np.concatenate([sampled_CNXH[..., None], own_CNXHM], axis=-1),
-    }
-
-
-def _of_sums(taken: Array, reference: Array, values: int) -> Array:
-    """[..., M]: the plain sums against the sum of magnitudes, the signed one against what a root-mean of it adds up to.
-
-    Rounding errors e of n values move a plain sum by n e at most, a signed one by about sqrt(n) e.
-    """
-    import numpy as np
-
-    magnitude = reference[..., 1:2]
-    limits = np.concatenate([magnitude, magnitude, magnitude / values**0.5], axis=-1)
-    return _relative(np.abs(taken - reference), limits)
-
-
-def _relative(gap: Array, scale: Array) -> Array:
-    """gap / scale; what is equal is 0 whatever the scale, and what cannot be told is infinite."""
-    import numpy as np
-
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(gap == 0, 0.0, gap / scale)
-    return np.where(np.isnan(ratio), np.inf, ratio)
 
 
 def _judge(found: DeepAudit, one: RankAudit, taken: Samples, measured: Mapping[str, Array]) -> None:

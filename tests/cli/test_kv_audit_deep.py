@@ -20,7 +20,8 @@ from engine.faults import CALL, DRIFT, DRIFT_HEAD, DRIFT_LAYER, differ
 from engine.sealed import Kind, frame_path, read_sealed, samples_dir, samples_path, write_sealed
 from tests.cli.conftest import validated
 from tests.support.ranks import run_ranks
-from tpctl.kvdeep import TOLERANCE, audit, planned_calls
+from tpctl.kvdeep import audit, planned_calls
+from tpctl.kvmeasure import TOLERANCE
 from tpctl.kvreplay import Replayed, frames_job, replay
 from tpctl.output import Output
 from tpctl.verdict import Verdict
@@ -322,6 +323,19 @@ def test_an_interrupted_audit_leaves_no_process(number: int, code: int, real: Pa
     while (left := processes_of(tmp_path)) and time.monotonic() < deadline:
         threading.Event().wait(0.01)
     assert not left
+
+
+def test_a_rank_that_cannot_keep_samples_serves_on_and_is_not_passed(cli, weights_cache: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "ranks").mkdir(parents=True)
+    samples_dir(run, 1).write_text("in the way")
+    outcome = run_ranks(run, make_config(weights_cache, run__chunks=1))
+    assert outcome.exit_codes == {0: 0, 1: 0}, outcome.stderr
+    assert [len(report["warnings"]) for report in outcome.reports.values()] == [0, 1]
+    assert outcome.reports[1]["warnings"][0].startswith("no cache samples from the start")
+    deep = validated(cli("kv-audit", str(run), "--deep", "-o", "json").stdout)["data"]["deep"]
+    assert [rank["verdict"] for rank in deep["ranks"]] == ["consistent", "indeterminate"]
+    assert deep["answer"] == "indeterminate"
 
 
 def test_a_drift_has_no_guard_to_switch_off(weights_cache: Path) -> None:
