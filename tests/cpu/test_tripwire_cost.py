@@ -19,14 +19,14 @@ def test_two_ranks_time_every_cadence_in_turns(weights_cache: Path) -> None:
     answer = run_pair(_measure, {"config": base.to_dict(), "turns": 1}, deadline_s=120)
     assert set(answer["times"]) == {*CADENCES, BARE}
     assert all(len(found) == 1 and found[0] > 0 for found in answer["times"].values())
-    # Whatever the load of the machine: hashing 5.6 MB in each chunk is dearer than two bare meetings.
-    assert answer["times"]["bring-up"][0] > answer["times"][BARE][0]
+    # Whatever the load of the machine: hashing 5.6 MB in each chunk is more work than two bare meetings.
+    assert answer["cpu_times"]["bring-up"][0] > answer["cpu_times"][BARE][0]
     assert answer["bytes"] > 5e6
 
 
-def test_only_production_has_a_target_and_it_is_judged() -> None:
-    times = Pairs({"production": [0.0004, 0.0006, 0.0007], "bring-up": [0.002]})
+def test_a_cost_is_judged_against_its_limit() -> None:
+    times = Pairs({"production": [0.0004, 0.0006, 0.0007]})
     row = _against("x", times, "production", LIMIT_MS, "the limit", 1.0)
     assert row.ours == pytest.approx(0.6)
     assert row.met is False
-    assert _against("x", times, "bring-up", LIMIT_MS, "the limit", 1.0).met is None
+    assert _against("x", times, "production", LIMIT_MS, "the limit", None).met is None
