@@ -250,7 +250,7 @@ class Stage1:
         )
         if self.evidence is not None:
             self.evidence.call(self.kv, self.cross)
-        self._finite.append(torch.isfinite(flow_BFCHW).all())  # read once a chunk: a device is not waited for here
+        self._finite.append(tripwires.finite(flow_BFCHW))  # read once a chunk: a device is not waited for here
         return flow_BFCHW
 
     def _agree_on_results(self, plan: ChunkPlan, latents_BFCHW: torch.Tensor) -> int:
@@ -265,7 +265,7 @@ class Stage1:
         cache = [0] * len(tripwires.LIFECYCLE)
         if _due(cadence.kv_digest_every, plan.chunk_index):
             cache = tripwires.lifecycle(plan, ids["call_id"], self.kv.global_end_index[0], self.kv.local_end_index[0])
-        finite = torch.stack([*self._finite, torch.isfinite(latents_BFCHW).all()]).tolist()
+        finite = torch.stack([*self._finite, tripwires.finite(latents_BFCHW)]).tolist()
         first_bad = finite.index(False) + 1 if False in finite else 0
         rows = self._gather([self._calls, first_bad, self.mesh.ledger.value(), digest, *cache])
         tripwires.raise_first(

@@ -110,6 +110,17 @@ def device_word(flat: torch.Tensor) -> int:
     return int(((raw + 1) * weight).sum().item())
 
 
+def finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether no element is NaN or infinite, as a bool scalar where the tensor is; nothing is waited for.
+
+    NaN goes through `aminmax`, and an infinity is one of its ends: one pass instead of the mask of `isfinite`, which
+    costs 15 times as much on the CPU.
+    """
+    import torch
+
+    return torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
+
+
 def signed(word: int) -> int:
     """An unsigned 64-bit word as int64, for collectives."""
     return word - (1 << 64) if word >= 1 << 63 else word

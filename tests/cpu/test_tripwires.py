@@ -13,6 +13,7 @@ from engine.tripwires import (
     compare_lifecycle,
     device_word,
     digest,
+    finite,
     raise_first,
 )
 
@@ -76,6 +77,17 @@ def test_the_device_word_sees_bytes_and_their_order() -> None:
     swapped = flat.clone()
     swapped[3], swapped[40] = flat[40], flat[3]
     assert device_word(swapped) != word
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("place", [0, 500, 1000])
+def test_finite_sees_each_kind_of_bad_value_wherever_it_is(dtype: torch.dtype, place: int) -> None:
+    values = torch.linspace(-3, 3, 1001).to(dtype)
+    assert finite(values).item()
+    for bad in ("nan", "inf", "-inf"):
+        altered = values.clone()
+        altered[place] = float(bad)
+        assert not finite(altered).item()
 
 
 def test_each_lifecycle_field_is_compared_by_name() -> None:

@@ -21,7 +21,7 @@ from typing import IO
 
 from tpctl.errors import LaunchError
 from tpctl.launch.environment import rank_environment
-from tpctl.launch.referee import watching
+from tpctl.launch.referee import VERDICT, watching
 
 TAG = "TPCTL_LAUNCH_TAG"
 TICK_S = 0.2
@@ -32,7 +32,11 @@ REAP_S = 10.0
 
 @dataclass(frozen=True)
 class LaunchSpec:
-    """What to start: `nproc` ranks of `module` on this host, one host of `nnodes`. Times in seconds."""
+    """What to start: `nproc` ranks of `module` on this host, one host of `nnodes`. Times in seconds.
+
+    `run_dir` takes what belongs to this launch: logs and the referee's verdict. `ranks_dir` is what the ranks call
+    their run directory, where that is another one.
+    """
 
     nproc: int
     run_dir: Path
@@ -44,6 +48,7 @@ class LaunchSpec:
     rdzv_endpoint: str = "localhost:0"
     rdzv_id: str = "job"
     referee: bool = True
+    ranks_dir: Path | None = None
 
     def command(self) -> list[str]:
         """The launcher's command line."""
@@ -103,7 +108,7 @@ def run(spec: LaunchSpec, tick: Callable[[float], None] = lambda elapsed_s: None
         except OSError as error:
             raise LaunchError(f"cannot start the launcher: {error}", code="TP-7102") from error
         try:
-            with referee(spec, log):
+            with referee(spec, tag, log):
                 timed_out = not _wait(process, started, spec.deadline_s, tick)
             ended_at = time.time()
         except BaseException:
@@ -116,11 +121,18 @@ def run(spec: LaunchSpec, tick: Callable[[float], None] = lambda elapsed_s: None
     return Outcome(process.returncode, False, time.monotonic() - started, ended_at, leftovers, immortal)
 
 
-def referee(spec: LaunchSpec, log: IO[bytes]) -> contextlib.AbstractContextManager[None]:
-    """With several hosts, the launcher alone knows which ranks are here: then there is none yet."""
-    if not spec.referee or spec.nnodes > 1:
+def referee(spec: LaunchSpec, tag: str, log: IO[bytes]) -> contextlib.AbstractContextManager[None]:
+    """On one host the ranks' numbers are known. With several, the launcher alone knows which are here, and they are
+    found by the tag; the other hosts' referees are met at the rendezvous endpoint."""
+    if not spec.referee:
         return contextlib.nullcontext()
-    return watching(spec.run_dir, range(spec.nproc), log)
+    verdict = spec.run_dir / VERDICT
+    if spec.nnodes == 1:
+        which = ["--ranks", ",".join(map(str, range(spec.nproc)))]
+    else:
+        which = ["--local", str(spec.nproc), "--carrying", f"{TAG}={tag}"]
+        which += ["--store", spec.rdzv_endpoint, "--job", spec.rdzv_id]
+    return watching(spec.ranks_dir or spec.run_dir, verdict, which, log)
 
 
 def check_endpoint(endpoint: str, nnodes: int = 1, node_rank: int = 0) -> None:

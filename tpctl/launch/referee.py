@@ -17,12 +17,19 @@ LEAVE_S = 5.0
 
 
 @contextlib.contextmanager
-def watching(run_dir: Path, ranks: Sequence[int], log: IO[bytes]) -> Iterator[None]:
-    """A referee for these ranks of this host while the body runs. A verdict of an earlier run is removed first."""
-    (run_dir / VERDICT).unlink(missing_ok=True)
+def watching(ranks_dir: Path, verdict: Path, which: Sequence[str], log: IO[bytes]) -> Iterator[None]:
+    """A referee for this host's ranks while the body runs. A verdict of an earlier run is removed first.
+
+    Args:
+        ranks_dir: the ranks' run directory.
+        verdict: the file that a verdict is written to.
+        which: the referee's arguments that say which ranks are this host's, and where other hosts are met.
+    """
+    verdict.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "engine.referee", "--run-dir", str(ranks_dir), "--record", str(verdict), *which]
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "engine.referee", "--run-dir", str(run_dir), "--ranks", ",".join(map(str, ranks))],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
