@@ -155,7 +155,7 @@ def stuck(job: Job) -> bool:
         planned is not None
         and planned.file.endswith("stage1.py")
         and planted is not None
-        and planted.file.endswith("faults.py")
+        and planted.file.endswith("faults/acts.py")
     )
 
 

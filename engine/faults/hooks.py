@@ -1,0 +1,74 @@
+"""Drill hooks, in the order in which a rank comes by them: the difference, the guard, the break."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.blackbox import BlackBox
+from engine.comm.topology import Groups
+from engine.comm.transport import BroadcastLink
+from engine.config import EngineConfig, dotted_keys, parse_text
+from engine.errors import ConfigError
+from engine.faults.acts import debug_collective
+from engine.faults.scene import Scene, mark
+from engine.faults.table import AUDITED, FAULTS
+from engine.faults.unguard import UNGUARD
+from engine.stage1 import Stage1
+
+if TYPE_CHECKING:  # a generator-only worker never imports the codecs
+    from engine.materials import Materials
+
+
+def differ(config: EngineConfig, rank: int) -> EngineConfig:
+    """The configuration of this rank: the victim of a drill that *is* a difference gets `drill.differs` on top.
+
+    Raises:
+        ConfigError: a drill that nobody knows, or a malformed `differs`.
+    """
+    drill = config.drill
+    if not drill.id:
+        return config
+    if drill.id in AUDITED and drill.without_guard:
+        raise ConfigError(f"{drill.id} has no guard to switch off: an audit finds it", code="TP-1013")
+    if drill.id not in FAULTS and drill.id not in AUDITED:
+        raise ConfigError(f"drill.id: there is no drill '{drill.id}'", code="TP-1013", next_step="tpctl drill --list")
+    if not drill.differs or rank != drill.victim_rank:
+        return config
+    dotted, equals, text = drill.differs.partition("=")
+    if not equals:
+        raise ConfigError("drill.differs must be section.key=value", code="TP-1013")
+    known = dotted_keys()
+    if dotted not in known:
+        raise ConfigError(f"drill.differs names no key: '{dotted}'", code="TP-1013")
+    return config.replace(**{dotted.replace(".", "__"): parse_text(text, known[dotted], dotted, "drill.differs")})
+
+
+def before_handshake(config: EngineConfig, rank: int, blackbox: BlackBox) -> None:
+    """First act of a drill: guards off where asked for, and the mark of a difference that exists from the start."""
+    drill = config.drill
+    if not drill.id:
+        return
+    if drill.without_guard:
+        UNGUARD[drill.id](rank)
+    if rank == drill.victim_rank and drill.differs:
+        blackbox.commit(mark(drill), "-", {})
+
+
+def plant(
+    config: EngineConfig,
+    rank: int,
+    blackbox: BlackBox,
+    groups: Groups,
+    link: BroadcastLink,
+    stage1: Stage1,
+    materials: Materials | None,
+) -> None:
+    """Break this rank, if it is the victim of the drill that the configuration names."""
+    drill = config.drill
+    if not drill.id:
+        return
+    scene = Scene(drill, rank, blackbox, groups, link, stage1, materials)
+    if drill.debug_collective:
+        debug_collective(scene)
+    if rank == drill.victim_rank:
+        (FAULTS.get(drill.id) or AUDITED[drill.id])(scene)
