@@ -13,8 +13,8 @@ from engine.config import (
     load,
     parse_text,
     valid_degrees,
-    validate,
 )
+from engine.config.rules import validate
 from engine.errors import ConfigError, GeometryError
 
 
