@@ -7,9 +7,15 @@ therefore written to a pipe by the interpreter's own C handler and read by a thr
 from __future__ import annotations
 
 import os
+import select
 import signal
+import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.blackbox import start_ticks
+from engine.errors import ConfigError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -46,3 +52,39 @@ class DrainRequest:
                 else:
                     self._requested.set()
                     self._on_first(name)
+
+
+@dataclass(frozen=True)
+class Supervisor:
+    """The process that answers for this job. `start_ticks` tells it from a later one with the same id."""
+
+    pid: int
+    start_ticks: int
+
+    @classmethod
+    def parse(cls, text: str) -> Supervisor:
+        """From `PID:TICKS`. Raises ConfigError."""
+        pid, _, ticks = text.partition(":")
+        if not (pid.isdecimal() and ticks.isdecimal() and int(pid) > 0):
+            raise ConfigError(f"--supervisor must be PID:TICKS, is {text!r}", code="TP-1040")
+        return cls(int(pid), int(ticks))
+
+    def watch(self) -> None:
+        """From now on: when it is gone, this process tells itself to drain. On rank 0 only, which leads the drain."""
+        threading.Thread(target=self._wait, name="supervisor", daemon=True).start()
+
+    def _wait(self) -> None:
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except OSError:
+            pidfd = -1
+        if pidfd >= 0 and self._is_it():
+            select.select([pidfd], [], [])  # readable once the process has ended
+        print("rank 0: the supervisor is gone: nobody could end this job any more", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _is_it(self) -> bool:
+        try:
+            return start_ticks(self.pid) == self.start_ticks
+        except (OSError, ValueError):
+            return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from engine.wire.meta import error_meta
 def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: Materials) -> None:
     """Make the run's chunks until the timeline's end or a drain. Raises what ends the stream early."""
     config, report = context.config, context.report
-    account = report.account = {"accepted": 0, "emitted": 0, "dropped": 0, "abandoned": 0}
+    account = context.open_account()
     heartbeat = Heartbeat(config.liveness.heartbeat_s, lambda: beat(context, link))
     sinks: SinkSet | None = None
     peers_wait = True  # for a header: so this rank may still end them in good order
@@ -36,13 +37,13 @@ def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: M
         sinks = open_sinks(config.sink, directory, height=config.geometry.height, width=config.geometry.width)
         stage0 = Stage0(config, context.timeline, materials)
         clock = Clock()
-        for _ in range(config.run.chunks):
+        for _ in range(config.run.chunks) if config.run.chunks else itertools.count():
             if context.drain.requested:
                 break
             if heartbeat.failure is not None:
                 peers_wait = False
                 raise heartbeat.failure
-            account["accepted"] += 1
+            context.count("accepted")
             envelope = stage0.step()
             clock.mark("t_a_ms")
             with heartbeat.hold():
@@ -58,7 +59,7 @@ def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: M
             clock.mark("t_b_ms")
             pixels_THWC = stage0.accept(result.latents_out_BFCHW, envelope.plan)
             sinks.write(pixels_THWC.numpy(), envelope.plan.chunk_index, envelope.prompt or "")
-            account["emitted"] += 1
+            context.count("emitted")
             recorder.keep(envelope.plan.chunk_index, result.latents_out_BFCHW, pixels_THWC)
             clock.mark("t_c_ms")
             context.keep(chunk_record(envelope, call_id, result, clock.turn()), result)

@@ -68,7 +68,7 @@ class Pipeline:
         self.context = context
         self.comms = comms
         self.stage0 = Stage0(context.config, context.timeline, materials)
-        self.account = context.report.account = {"accepted": 0, "emitted": 0, "dropped": 0, "abandoned": 0}
+        self.account = context.open_account()
         self._flying: dict[int, Flight] = {}
         self._emitting = False
         self._repeats = 0
@@ -111,14 +111,15 @@ class Pipeline:
         while self._may_feed():
             tA0_ms = self._now_ms()
             envelope = self.stage0.step()
-            self.account["accepted"] += 1
+            self.context.count("accepted")
             plan = envelope.plan
             self._flying[plan.chunk_index] = Flight(plan, envelope.prompt or "", tA0_ms, self._now_ms())
             self.comms.put(self.stage0.for_link(envelope))
 
     def _may_feed(self) -> bool:
         config = self.context.config
-        if self.context.drain.requested or self.stage0.chunk_index + 1 >= config.run.chunks or not self.comms.room():
+        ended = 0 < config.run.chunks <= self.stage0.chunk_index + 1
+        if ended or self.context.drain.requested or not self.comms.room():
             return False
         following = self.stage0.next_chunk()
         if following.recompute and self._flying:
@@ -146,7 +147,7 @@ class Pipeline:
         self._emitting = False
         pixels_THWC = torch.cat(pixels)
         sinks.write(pixels_THWC.numpy(), result.chunk_index, flight.prompt)
-        self.account["emitted"] += 1
+        self.context.count("emitted")
         recorder.keep(result.chunk_index, latents_BFCHW, pixels_THWC)
         self._record(flight, result, tRecv_ms, inside_ms, first, arrival)
 
@@ -162,7 +163,7 @@ class Pipeline:
         self.context.blackbox.commit(f"drop {fate.value}", "pp_pg", result.ids())
         if fate is Fate.STALE:
             self.stage0.forget(self._flying.pop(result.chunk_index).plan)
-            self.account["dropped"] += 1
+            self.context.count("dropped")
         else:
             self._repeats += 1
             self.context.warn(
@@ -229,7 +230,7 @@ class Pipeline:
             "d_out": d_out,
         }
         self._last_emit_ms = tEmit_ms
-        self.context.report.chunks.append(record)
+        self.context.report.keep(record)
 
     def _report_overlap(self) -> None:
         found = overlap(self.context.report.chunks)

@@ -45,8 +45,20 @@ class RankContext:
 
     def keep(self, record: dict[str, Any], result: MeshResult) -> None:
         """One chunk, for the report and for the chunk records."""
-        self.report.chunks.append(record)
+        self.report.keep(record)
         self.records.append(record, result.global_end_index, result.local_end_index)
+
+    def open_account(self) -> dict[str, int]:
+        """On rank 0, once: accepted = emitted + dropped + abandoned, in every ending."""
+        self.report.account = {"accepted": 0, "emitted": 0, "dropped": 0, "abandoned": 0}
+        return self.report.account
+
+    def count(self, fate: str) -> None:
+        """One more chunk accepted, emitted or dropped; in the black box too, which outlives a killed rank."""
+        if self.report.account is None:
+            raise EngineError("chunks are counted on rank 0, once its account is open", code="TP-6406")
+        self.report.account[fate] += 1
+        self.blackbox.count(fate)
 
     def warn(self, text: str) -> None:
         """Once in the report, once on stderr."""

@@ -18,6 +18,8 @@ from engine.errors import EngineError
 from engine.lifecycle import RankState, can_move
 
 SCHEMA, SCHEMA_VERSION = "tpctl.rank-report", 1
+# A stream without an end must not fill the memory: the report keeps its last chunks, the chunk records keep all.
+KEPT_CHUNKS = 20_000
 
 
 @dataclass
@@ -51,6 +53,12 @@ class RankReport:
         if self.on_move is not None:
             self.on_move(state)
         self.times[f"{state.value}_s"] = age_s()
+
+    def keep(self, chunk: dict[str, Any]) -> None:
+        """One more chunk; of a very long stream the oldest ones go."""
+        self.chunks.append(chunk)
+        if len(self.chunks) > KEPT_CHUNKS:
+            del self.chunks[: KEPT_CHUNKS // 10]
 
     def write(self) -> None:
         data = {item.name: getattr(self, item.name) for item in fields(self)} | {

@@ -33,6 +33,7 @@ from engine.comm.topology import (
 )
 from engine.comm.transport import BroadcastLink
 from engine.config import EngineConfig, RankEnv
+from engine.drain import Supervisor
 from engine.errors import CommError, EngineError
 from engine.evidence import Evidence
 from engine.follower import follow
@@ -194,9 +195,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="engine.worker", description="One rank of the engine; started by torchrun.")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--supervisor", metavar="PID:TICKS", help="a process without which the job drains itself")
     arguments = parser.parse_args(argv)
     try:
         env = RankEnv.from_environ(os.environ)
+        supervisor = Supervisor.parse(arguments.supervisor) if arguments.supervisor else None
         config = faults.differ(configuration.load([("run", arguments.config)]).config, env.rank)
     except EngineError as error:
         print(f"{error.code}: {error.message}\nnext: {error.next_step}", file=sys.stderr)
@@ -205,7 +208,14 @@ def main(argv: list[str] | None = None) -> int:
     ranks.mkdir(mode=0o700, parents=True, exist_ok=True)
     report = RankReport(ranks / f"rank{env.rank}.json", env.rank)
     report.times["import_s"] = age_s()
-    return guard(lambda: Worker(config, env, arguments.run_dir, report).run(), report)
+
+    def run() -> None:
+        worker = Worker(config, env, arguments.run_dir, report)
+        if supervisor is not None and env.rank == 0:
+            supervisor.watch()  # the drain signals have their handlers now
+        worker.run()
+
+    return guard(run, report)
 
 
 def guard(run: Callable[[], None], report: RankReport) -> int:

@@ -5,7 +5,10 @@ CliError(EngineError)     TP-70xx  2  a wrong option or file
 ├── SnapshotError         TP-72xx  2  a snapshot that is foreign, newer than this tool, or damaged
 ├── MatrixError           TP-73xx  2  a matrix file that contradicts itself
 ├── BaselineError         TP-74xx  2  a baseline that cannot be read
-└── RunError              TP-75xx  7  no such run, or none in that directory
+├── RunError              TP-75xx  7  no such run, or none in that directory
+└── JobError              TP-761x  2  a job that cannot be started, read or asked for this
+    ├── NoJobError        TP-760x  7  no such job, or one that does not answer
+    └── RefusedError      TP-762x  3  a request that the job refused
 """
 
 from __future__ import annotations
@@ -51,6 +54,21 @@ class RunError(CliError):
     code = "TP-7501"
     next_step = "ls runs"
     cli_exit = ExitCode.NO_SUCH_JOB
+
+
+class JobError(CliError):
+    code = "TP-7610"
+    next_step = "tpctl ps"
+
+
+class NoJobError(JobError):
+    code = "TP-7601"
+    cli_exit = ExitCode.NO_SUCH_JOB
+
+
+class RefusedError(JobError):
+    code = "TP-7621"
+    cli_exit = ExitCode.CHECK_FAILED
 
 
 def runbook_of(record: dict[str, Any]) -> str | None:

@@ -17,6 +17,9 @@ from typer.core import TyperGroup
 COMMANDS: tuple[tuple[str, str, str], ...] = (
     ("bringup", "tpctl.commands.bringup", "Run a bring-up matrix on real processes; gate each case; report."),
     ("drill", "tpctl.commands.drill", "Break a real job on purpose; check that it dies fast, for the named reason."),
+    ("up", "tpctl.commands.up", "Start a job, supervised, in the background or in the foreground."),
+    ("ps", "tpctl.commands.ps", "List the jobs of this user on this host, and whether each is well."),
+    ("status", "tpctl.commands.status", "Do a job's frames advance, and where is each of its ranks."),
     ("parity-check", "tpctl.commands.parity", "Compare configuration, environment and versions over ranks or hosts."),
     ("kv-audit", "tpctl.commands.kvaudit", "Compare the cache history of all ranks, live or from records."),
     ("triage", "tpctl.commands.triage", "Who began it: the first divergence of a run, apart from its victims."),

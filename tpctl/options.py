@@ -25,6 +25,7 @@ ConfigOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Set one value; repeatable.", metavar="SECTION.KEY=VALUE")
 ]
+JobArgument = Annotated[str, typer.Argument(help="A job's name; tpctl ps lists them.", metavar="JOB")]
 
 PROJECT_FILE = "tpctl.toml"
 

@@ -14,6 +14,11 @@ CRC = struct.Struct("<I")
 LIVE_OFFSET = 64
 STATE, STATE_NS, INSIDE, COMMITS, COLLECTIVES, GROUPS, PHASE, COUNTS = 0, 1, 2, 3, 4, 5, 6, 8
 GROUP_SLOTS = 8
+# Words after the live ones: the account of the stream, on the rank that keeps it. Zeros: nothing yet.
+ACCEPTED, EMITTED, DROPPED, EMIT_NS, PERIOD_NS = 16, 17, 18, 19, 20
+STREAM_OFFSET = LIVE_OFFSET + 8 * ACCEPTED
+STREAM = struct.Struct("<5Q")
+WORDS_BYTES = 192  # live and stream words; the rest is reserved
 LIVE = struct.Struct(f"<6Q16s{GROUP_SLOTS}Q")
 GROUP_OFFSET = 256
 GROUP_BYTES = 640

@@ -20,6 +20,8 @@ from engine.blackbox.layout import (
     LIVE_OFFSET,
     MAGIC,
     STATES,
+    STREAM,
+    STREAM_OFFSET,
     VERSION,
     BlackBoxError,
 )
@@ -80,6 +82,17 @@ class Live:
     groups: int
     phase: str
     counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The account of the stream so far, and when the last chunk was emitted (0: never; this host's monotonic clock)."""
+
+    accepted: int
+    emitted: int
+    dropped: int
+    emit_ns: int
+    period_ns: int
 
 
 @dataclass(frozen=True)
@@ -192,6 +205,16 @@ class Box:
         if state >= len(STATES) or groups > len(counts) or inside > collectives:
             raise self._refuse("has damaged live words")
         return Live(STATES[state], state_ns, inside, commits, collectives, groups, _text(phase), tuple(counts[:groups]))
+
+    def stream(self) -> Stream:
+        """What rank 0 says of the stream; zeros on every other rank."""
+        return Stream(*STREAM.unpack(self._pread(STREAM.size, STREAM_OFFSET)))
+
+    def last_commitment(self) -> Commitment | None:
+        """The newest commitment point; None before the first, or while it is being written over."""
+        upto = self.live().commits
+        records, _ = self._ring(max(0, upto - 1), upto, HEADER_BYTES, COMMIT.size)
+        return _commitment(records[-1]) if records else None
 
     def groups(self, count: int) -> tuple[Members, ...]:
         found = []

@@ -10,12 +10,16 @@ from time import monotonic_ns
 from zlib import crc32
 
 from engine.blackbox.layout import (
+    ACCEPTED,
     COLLECTIVE,
     COLLECTIVES,
     COMMIT,
     COMMITS,
     COUNTS,
     CRC,
+    DROPPED,
+    EMIT_NS,
+    EMITTED,
     ENTRY,
     FILE,
     GROUP,
@@ -25,10 +29,10 @@ from engine.blackbox.layout import (
     GROUPS,
     HEADER_BYTES,
     INSIDE,
-    LIVE,
     LIVE_OFFSET,
     MAGIC,
     MAX_RANK,
+    PERIOD_NS,
     PHASE,
     SIGNATURE,
     SITE,
@@ -36,6 +40,7 @@ from engine.blackbox.layout import (
     STATE_NS,
     STATES,
     VERSION,
+    WORDS_BYTES,
     BlackBoxError,
 )
 from engine.lifecycle import RankState
@@ -44,6 +49,7 @@ from engine.lifecycle import RankState
 COLLECTIVE_BYTES = COLLECTIVE.size
 pack_entry = ENTRY.pack
 pack_crc = CRC.pack
+FATES = {"accepted": ACCEPTED, "emitted": EMITTED, "dropped": DROPPED}
 
 
 class BlackBox:
@@ -72,7 +78,7 @@ class BlackBox:
                 os.close(fd)
             head = FILE.pack(MAGIC, VERSION, slots, rank, os.getpid(), start_ticks(os.getpid()), monotonic_ns())
             self._map[: FILE.size + CRC.size] = head + pack_crc(crc32(head))
-            self._words = memoryview(self._map)[LIVE_OFFSET : LIVE_OFFSET + LIVE.size].cast("Q")
+            self._words = memoryview(self._map)[LIVE_OFFSET : LIVE_OFFSET + WORDS_BYTES].cast("Q")
             self.enter_state(RankState.STARTING)
             temporary.replace(path)
         except OSError as error:
@@ -155,6 +161,14 @@ class BlackBox:
         """Keeps the first 16 bytes."""
         offset = LIVE_OFFSET + 8 * PHASE
         self._map[offset : offset + 16] = self._name(phase).ljust(16, b"\0")
+
+    def count(self, fate: str) -> None:
+        """One more chunk accepted, emitted or dropped; of an emitted one also when, and how long after the last."""
+        if fate == "emitted":
+            now_ns, last_ns = monotonic_ns(), self._words[EMIT_NS]
+            self._words[PERIOD_NS] = now_ns - last_ns if last_ns else 0
+            self._words[EMIT_NS] = now_ns
+        self._words[FATES[fate]] += 1
 
     def close(self) -> None:
         self._words.release()

@@ -45,8 +45,14 @@ def validate(config: EngineConfig) -> None:
         )
     if config.schedule.shift <= 0:
         raise ConfigError(f"schedule.shift must be above 0, is {config.schedule.shift}", code="TP-1010")
-    if config.run.chunks < 1:
-        raise ConfigError(f"run.chunks must be at least 1, is {config.run.chunks}", code="TP-1010")
+    if config.run.chunks < 0:
+        raise ConfigError(f"run.chunks must be 0 (until drained) or more, is {config.run.chunks}", code="TP-1010")
+    if config.run.chunks == 0 and config.run.record_latents:
+        raise ConfigError(
+            "run.record_latents keeps the whole run in memory: it needs an end, but run.chunks is 0 (until drained)",
+            code="TP-1010",
+            next_step="tpctl config check --set run.record_latents=false",
+        )
     if config.sink.fps < 1:
         raise ConfigError(f"sink.fps must be at least 1, is {config.sink.fps}", code="TP-1010")
     _check_pipeline(config)

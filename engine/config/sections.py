@@ -106,7 +106,7 @@ class TripwireConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What to make: `chunks` chunks from `timeline` (a file) or `prompt`.
+    """What to make: `chunks` chunks (0: until drained) from `timeline` (a file) or `prompt`.
 
     `record_frames` keeps each chunk's frame, and samples of every rank's cache, for `tpctl kv-audit --deep`.
     """

@@ -156,6 +156,21 @@ def test_bringup_examples_parse(cli):
         assert cli(*words, "--list").exit_code == 0, example
 
 
+def test_up_examples_parse(cli, monkeypatch, tmp_path):
+    monkeypatch.setenv("TPCTL_STATE_DIR", str(tmp_path / "st"))
+    for example in _examples(["up"], cli):
+        words = [word for word in shlex.split(example)[1:] if word != "--dry-run"]
+        assert cli(*words, "--dry-run").exit_code == 0, example
+
+
+def test_ps_examples_run_and_status_examples_name_a_job(cli, monkeypatch, tmp_path):
+    monkeypatch.setenv("TPCTL_STATE_DIR", str(tmp_path / "st"))
+    for example in _examples(["ps"], cli):
+        assert cli(*shlex.split(example)[1:]).exit_code == 0, example
+    for example in _examples(["status"], cli):
+        assert cli(*shlex.split(example)[1:]).exit_code == 7, example  # parsed, and there is no job JOB
+
+
 @pytest.mark.parametrize("args", [["env"], ["config", "show"], ["config", "check"], ["help", "exit-codes"], ["schema"]])
 def test_yaml_says_what_json_says(args, cli):
     as_json = validated(cli(*args, "-o", "json").stdout)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.blackbox import BlackBox, BlackBoxError, Box, pack_signature, pack_site, read, read_box
+from engine.blackbox import BlackBox, BlackBoxError, Box, Stream, pack_signature, pack_site, read, read_box
 from engine.blackbox.layout import COLLECTIVE, COMMIT, HEADER_BYTES
 from engine.lifecycle import RankState
 
@@ -210,3 +210,22 @@ def test_no_room_is_said_before_the_rank_starts(tmp_path: Path) -> None:
     )
     assert done.stdout.startswith("TP-6202 rank 0 cannot make its black box")
     assert not (tmp_path / "box").exists()
+
+
+def test_the_account_of_the_stream_and_the_last_commitment_are_there_while_it_runs(tmp_path: Path) -> None:
+    box = BlackBox(tmp_path / "box", rank=0, slots=8)
+    with Box(tmp_path / "box") as seen:
+        assert seen.last_commitment() is None
+        assert seen.stream() == Stream(0, 0, 0, 0, 0)
+        for fate in ("accepted", "accepted", "accepted", "emitted", "dropped"):
+            box.count(fate)
+        first = seen.stream()
+        assert (first.accepted, first.emitted, first.dropped, first.period_ns) == (3, 1, 1, 0)
+        box.count("emitted")
+        second = seen.stream()
+        assert second.period_ns == second.emit_ns - first.emit_ns > 0
+        for call_id in range(20):
+            box.commit("x", "mesh_pg", {"call_id": call_id})
+        last = seen.last_commitment()
+        assert last is not None
+        assert (last.seq, last.call_id) == (20, 19)

@@ -70,7 +70,7 @@ def test_an_unknown_flag_is_refused_too():
     [
         ("run__chunks", "3", "TP-1006"),
         ("run__chunks", True, "TP-1006"),
-        ("run__chunks", 0, "TP-1010"),
+        ("run__chunks", -1, "TP-1010"),
         ("schedule__recompute", 1, "TP-1006"),
         ("schedule__denoising_step_list", [1000.0], "TP-1006"),
         ("schedule__denoising_step_list", [500, 1000], "TP-1010"),

@@ -49,6 +49,7 @@ class LaunchSpec:
     rdzv_id: str = "job"
     referee: bool = True
     ranks_dir: Path | None = None
+    tag: str = ""
 
     def command(self) -> list[str]:
         """The launcher's command line."""
@@ -84,8 +85,19 @@ class Outcome:
     immortal: tuple[str, ...] = field(default=())
 
 
-def run(spec: LaunchSpec, tick: Callable[[float], None] = lambda elapsed_s: None) -> Outcome:
+def make_tag() -> str:
+    """A tag that no other launch carries."""
+    return f"{os.getpid()}-{uuid.uuid4().hex}"
+
+
+def run(
+    spec: LaunchSpec,
+    tick: Callable[[float], None] = lambda elapsed_s: None,
+    started: Callable[[int], None] = lambda pid: None,
+) -> Outcome:
     """Start, wait until the end or the deadline, clean up. `tick` gets the elapsed seconds a few times a second.
+
+    `started` gets the launcher's process id. What either of them raises ends the launch, and is passed on.
 
     Raises:
         LaunchError: the port is in use, or the launcher cannot be started.
@@ -93,8 +105,8 @@ def run(spec: LaunchSpec, tick: Callable[[float], None] = lambda elapsed_s: None
     """
     check_endpoint(spec.rdzv_endpoint, spec.nnodes, spec.node_rank)
     spec.run_dir.mkdir(parents=True, exist_ok=True)
-    tag = f"{os.getpid()}-{uuid.uuid4().hex}"
-    started = time.monotonic()
+    tag = spec.tag or make_tag()
+    began = time.monotonic()
     with (spec.run_dir / "launcher.log").open("wb") as log:
         try:
             process = subprocess.Popen(
@@ -108,17 +120,18 @@ def run(spec: LaunchSpec, tick: Callable[[float], None] = lambda elapsed_s: None
         except OSError as error:
             raise LaunchError(f"cannot start the launcher: {error}", code="TP-7102") from error
         try:
+            started(process.pid)
             with referee(spec, tag, log):
-                timed_out = not _wait(process, started, spec.deadline_s, tick)
+                timed_out = not _wait(process, began, spec.deadline_s, tick)
             ended_at = time.time()
         except BaseException:
             _end(process, tag)
             raise
         if timed_out:
             _, immortal = _end(process, tag)
-            return Outcome(process.returncode, True, time.monotonic() - started, time.time(), (), immortal)
+            return Outcome(process.returncode, True, time.monotonic() - began, time.time(), (), immortal)
         leftovers, immortal = _kill(tagged(tag))
-    return Outcome(process.returncode, False, time.monotonic() - started, ended_at, leftovers, immortal)
+    return Outcome(process.returncode, False, time.monotonic() - began, ended_at, leftovers, immortal)
 
 
 def referee(spec: LaunchSpec, tag: str, log: IO[bytes]) -> contextlib.AbstractContextManager[None]:

@@ -1,0 +1,100 @@
+"""The state of a job, judged from what was seen of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from engine.blackbox import Commitment, Live, Stream
+from engine.config import EngineConfig
+from engine.lifecycle import RankState
+from tpctl.jobs.health import JobState, judge, stall_limit_s
+from tpctl.jobs.observe import RankSeen, Seen
+from tpctl.jobs.process import Process
+from tpctl.jobs.record import Attempt, JobRecord
+from tpctl.verdict import Verdict
+
+CONFIG = EngineConfig()
+NOW_NS = 1_000_000_000_000
+S = 1_000_000_000
+
+
+def rank(number=0, state=RankState.RUNNING, phase="link", letter="S", emitted=5, age_s=0.1, period_s=0.2):
+    live = Live(state, NOW_NS - S, 0, 9, 9, 0, phase, ())
+    emit_ns = NOW_NS - int(age_s * S) if emitted and number == 0 else 0
+    stream = Stream(emitted + 1, emitted, 0, emit_ns, int(period_s * S)) if number == 0 else Stream(0, 0, 0, 0, 0)
+    last = Commitment(1, NOW_NS - S, "enter B", "mesh_pg", 7, 5, 0)
+    return RankSeen(number, Process(100 + number, 1), letter, live, stream, last, 1 << 20)
+
+
+def seen(*ranks, supervisor_alive=True, **changes):
+    record = JobRecord("one", "id", "host", "boot", 0.0, max(1, len(ranks)), "v0_full_pipeline", "key")
+    record = replace(record, attempts=(Attempt(0, "tag", 0.0),), **changes)
+    return Seen(record, None, True, supervisor_alive, tuple(ranks), (), NOW_NS)
+
+
+CASES = [
+    (seen(), "starting", Verdict.UNCHECKED),
+    (seen(rank(state=RankState.LOADING, emitted=0)), "loading", Verdict.UNCHECKED),
+    (seen(rank(), rank(1, state=RankState.WARMING)), "compiling", Verdict.UNCHECKED),
+    (seen(rank(state=RankState.WARMING), rank(1, state=RankState.LOADING)), "loading", Verdict.UNCHECKED),
+    (seen(rank()), "running", Verdict.PASS),
+    (seen(rank(emitted=0)), "running", Verdict.PASS),
+    (seen(rank(phase="paused", age_s=500)), "idle", Verdict.PASS),
+    (seen(rank(phase="await source", age_s=500)), "starved", Verdict.WARN),
+    (seen(rank(age_s=3.5)), "wedged", Verdict.FAIL),
+    (seen(rank(letter="T")), "wedged", Verdict.FAIL),
+    (seen(rank(), rank(1, letter="")), "wedged", Verdict.FAIL),
+    (seen(rank(), draining="asked"), "draining", Verdict.PASS),
+    (seen(rank(state=RankState.SHUTDOWN)), "draining", Verdict.PASS),
+    (seen(rank(age_s=3.5), draining="asked"), "wedged", Verdict.FAIL),
+    (seen(rank(letter=""), backoff_until=1.0), "restarting", Verdict.UNCHECKED),
+    (seen(rank(), supervisor_alive=False), "lost", Verdict.FAIL),
+    (seen(rank(letter=""), supervisor_alive=False, ending="drained"), "drained", Verdict.PASS),
+    (seen(rank(letter=""), supervisor_alive=False, ending="failed"), "failed", Verdict.FAIL),
+]
+
+
+@pytest.mark.parametrize(("what", "state", "verdict"), CASES, ids=[f"{n}-{case[1]}" for n, case in enumerate(CASES)])
+def test_the_state(what, state, verdict):
+    found = judge(what, CONFIG)
+    assert (found.state.value, found.verdict) == (state, verdict)
+
+
+def test_every_state_but_the_endings_that_share_a_path_has_a_case():
+    assert {state for _, state, _ in CASES} == {state.value for state in JobState} - {"finished", "aborted"}
+
+
+def test_evidence_that_cannot_be_read_is_never_health():
+    found = judge(replace(seen(rank()), problems=("a black box is damaged",)), CONFIG)
+    assert found.state is JobState.running
+    assert found.verdict is Verdict.UNKNOWN
+
+
+def test_a_missing_rank_shows_in_the_coverage():
+    found = judge(replace(seen(rank()), record=replace(seen(rank()).record, world_size=2)), CONFIG)
+    assert found.state is JobState.loading
+    assert (found.coverage.checked, found.coverage.expected) == (1, 2)
+
+
+def test_chunks_without_a_fate_are_in_flight_and_afterwards_abandoned():
+    assert judge(seen(rank()), CONFIG).account == {"accepted": 6, "emitted": 5, "dropped": 0, "in_flight": 1}
+    over = seen(rank(letter=""), supervisor_alive=False, ending="aborted")
+    assert judge(over, CONFIG).account["abandoned"] == 1
+
+
+def test_a_wedged_job_says_where_each_rank_waits():
+    found = judge(seen(rank(age_s=9), rank(1)), CONFIG)
+    assert "rank 0 after 'enter B', rank 1 after 'enter B'" in found.findings[-1].message
+
+
+def test_the_stall_limit_follows_the_stream_and_has_a_floor():
+    assert stall_limit_s(CONFIG, None) == CONFIG.liveness.phase_budget_s
+    assert stall_limit_s(CONFIG, 0.01) == 3.0
+    assert stall_limit_s(CONFIG, 2.0) == 10.0
+
+
+def test_times_of_another_boot_say_nothing():
+    found = judge(replace(seen(rank(age_s=9), supervisor_alive=False), same_boot=False), CONFIG)
+    assert (found.state, found.frame_age_s) == (JobState.lost, None)

@@ -1,0 +1,97 @@
+"""`tpctl up`: start a job, supervised, in the background or in the foreground."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from tpctl import options
+from tpctl.exitcodes import ExitCode
+from tpctl.jobs import place, start
+from tpctl.jobs.supervise import Supervisor, say
+from tpctl.output import Envelope, Format, Output
+from tpctl.verdict import Finding, Verdict
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+class Restart(StrEnum):
+    no = "no"
+    on_failure = "on-failure"
+
+
+@app.command(
+    epilog="Examples: tpctl up --name preview | tpctl up --name night --restart on-failure --set plan.tp=2 | "
+    "tpctl up --name clip --chunks 8 --foreground | tpctl up --dry-run"
+)
+def up(
+    name: Annotated[str | None, typer.Option("--name", help="The job's name; one is made if there is none.")] = None,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Stay, and log to stderr: for containers and systemd.")
+    ] = False,
+    chunks: Annotated[
+        int | None, typer.Option("--chunks", min=0, help="How many chunks; 0, or nothing said: until drained.")
+    ] = None,
+    restart: Annotated[Restart, typer.Option("--restart", help="Start again after a failure, with back-off.")] = (
+        Restart.no
+    ),
+    max_restarts: Annotated[int, typer.Option("--max-restarts", min=1, help="With --restart: how often.")] = 5,
+    no_referee: Annotated[
+        bool, typer.Option("--no-referee", help="No referee beside the ranks; their own budgets remain.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove what a dead job of this name left.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be started, and start nothing.")] = False,
+    config: options.ConfigOption = None,
+    sets: options.SetOption = None,
+    output: options.OutputOption = Format.table,
+    quiet: options.QuietOption = False,
+    no_color: options.NoColorOption = False,
+    debug: options.DebugOption = False,
+) -> None:
+    """Start a job. It runs on after this command, until it is drained, aborted or has made its chunks."""
+    out = Output.open(output, quiet, no_color, debug)
+    loaded = options.resolve(config, sets)
+    cfg = start.unbounded(loaded.config, loaded.origins["run.chunks"], chunks)
+    plan = {
+        "world_size": cfg.world_size,
+        "tp_plan": cfg.plan.tp_plan,
+        "chunks": cfg.run.chunks,
+        "restart": restart.value,
+        "parity_key": cfg.parity_key(),
+    }
+    if dry_run:
+        wanted = place.free_name(cfg.plan.tp_plan.split("_", maxsplit=1)[0]) if name is None else name
+        place.check_name(wanted)
+        job = place.JobDir(place.jobs_root() / wanted)
+        place.check_socket(job)
+        data = {**plan, "name": job.name, "directory": str(job.path), "job_id": None, "pid": None, "dry_run": True}
+        words = f"would start {job.name}: {cfg.world_size} rank(s) of plan {cfg.plan.tp_plan}, in {job.path}"
+        out.emit(Envelope("tpctl.up", Verdict.SKIP, data, (Finding("job.up", Verdict.SKIP, words),)), text=[words])
+        return
+    job, held = start.claim(name, cfg.plan.tp_plan, yes)
+    try:
+        record = start.freeze(job, cfg, restart.value, max_restarts if restart is Restart.on_failure else 0)
+    except BaseException:
+        os.close(held)
+        place.remove(job)  # nothing was started: nothing stays
+        raise
+    if foreground:
+        supervisor = Supervisor(job, say, not no_referee)
+        supervisor.start()
+        pid, ending = os.getpid(), supervisor.run().ending
+        os.close(held)
+    else:
+        pid, ending = start.start(job, held, not no_referee), None
+    good = ending in (None, "drained", "finished")
+    words = f"job {job.name} is over: {ending}" if ending else f"job {job.name} is started, supervised by {pid}"
+    step = f"tpctl status {job.name}"
+    data = {**plan, "name": job.name, "directory": str(job.path), "job_id": record.job_id, "pid": pid, "dry_run": False}
+    finding = Finding("job.up", Verdict.PASS if good else Verdict.FAIL, words, ending, next=step)
+    out.emit(
+        Envelope("tpctl.up", finding.verdict, data, (finding,), next=(step,), run_id=job.name),
+        text=[words, f"next: {step}"],
+    )
+    raise typer.Exit(int(ExitCode.PASS if good else ExitCode.CHECK_FAILED))

@@ -1,0 +1,74 @@
+"""A process named for good: its id, when it started, and the boot it belongs to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.blackbox import start_ticks
+
+
+def boot_id() -> str:
+    """Another after each boot: process ids and monotonic clocks of one boot mean nothing in the next."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@dataclass(frozen=True)
+class Process:
+    """An id alone may be given to another process later; with its start, in clock ticks since boot, it may not."""
+
+    pid: int
+    start_ticks: int
+
+    @classmethod
+    def of(cls, pid: int) -> Process:
+        """Raises OSError: there is no such process."""
+        return cls(pid, start_ticks(pid))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Process:
+        return cls(int(data["pid"]), int(data["start_ticks"]))
+
+    def to_dict(self) -> dict[str, int]:
+        return {"pid": self.pid, "start_ticks": self.start_ticks}
+
+    def alive(self) -> bool:
+        """Whether this very process lives; one that ended and was not waited for does not."""
+        return self.letter() not in ("", "Z", "X")
+
+    def letter(self) -> str:
+        """The kernel's letter for its state: T is stopped, D waits for a device; empty: it is gone."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_bytes()
+        except OSError:
+            return ""
+        fields = stat[stat.rindex(b")") + 2 :].split()
+        return fields[0].decode() if int(fields[19]) == self.start_ticks else ""
+
+    def rss_bytes(self) -> int | None:
+        """Memory it holds now; None if it is gone."""
+        try:
+            lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        except OSError:
+            return None
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), None)
+
+    def send(self, number: signal.Signals) -> bool:
+        """A signal to this very process; False if it is gone."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except OSError:
+            return False
+        try:
+            if not self.alive():
+                return False
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, number)
+                return True
+            return False
+        finally:
+            os.close(pidfd)

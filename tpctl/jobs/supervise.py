@@ -1,0 +1,246 @@
+"""The supervisor of one job: starts its ranks, again if it was told to, and sees them buried. One process, one thread.
+
+    python -m tpctl.jobs.supervise --job DIR --lock FD --ready FD
+
+It never imports torch and never forks a process that did. It reads orders from the job's directory a few times a
+second; SIGTERM and SIGINT are the order to drain, and a second one the order to abort. If it is killed, rank 0 notices
+and drains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import tomli_w
+
+from engine.config import EngineConfig, load
+from engine.errors import EngineError
+from engine.lifecycle import RankExit, RankState
+from tpctl.jobs.observe import RankSeen, observe_ranks
+from tpctl.jobs.order import Kind, Order, read_order
+from tpctl.jobs.place import JobDir
+from tpctl.jobs.process import Process
+from tpctl.jobs.reason import exit_codes, first_reason
+from tpctl.jobs.record import Attempt, JobRecord
+from tpctl.launch import local
+
+POLL_S = 0.1
+# Started anew, a job with one of these would end the same way.
+HOPELESS = frozenset({RankExit.BAD_CONFIG, RankExit.PARITY})
+BACKOFF_S, BACKOFF_CAP_S = 1.0, 60.0
+# Between the two signals that mean abort; sent at once they may be taken for one.
+APART_S = 0.05
+BEFORE_THE_STREAM = (RankState.STARTING, RankState.JOINING, RankState.LOADING, RankState.WARMING)
+
+
+class EndNow(Exception):
+    """Ends a launch from within its tick. `ending` is what the job's record says then."""
+
+    def __init__(self, ending: str, why: str) -> None:
+        super().__init__(why)
+        self.ending = ending
+
+
+class Supervisor:
+    """Runs a job whose directory, record and frozen configuration exist.
+
+    Args:
+        say: told each event in one line.
+    """
+
+    def __init__(self, job: JobDir, say: Callable[[str], None], referee: bool = True) -> None:
+        self.job = job
+        self.say = say
+        self.referee = referee
+        self.config: EngineConfig = load([("job", job.config)]).config
+        self.record = JobRecord.read(job.record)
+        self._signals = 0
+        self._ordered = ""  # id of the last order that was carried out
+        self._drain: Order | None = None
+        self._delivered = False
+
+    def start(self) -> None:
+        """Take the signals and enter the record. From here on the job is ours."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._count_signal)
+        self._keep(supervisor=Process.of(os.getpid()))
+
+    def run(self) -> JobRecord:
+        """Every attempt, to the job's end. Returns the record as it was left."""
+        ending = "failed"
+        try:
+            while True:
+                ending = self._attempt(len(self.record.attempts))
+                if ending != "failed" or not self._try_again():
+                    break
+        except EndNow as end:  # in the back-off
+            ending = end.ending
+            self.say(str(end))
+        except Exception as error:
+            self.say(f"the supervisor itself failed: {error!r}")
+            raise
+        finally:
+            self.job.socket.unlink(missing_ok=True)
+            self._keep(ending=ending, ended_at=time.time(), backoff_until=None)
+            self.say(f"the job is over: {ending}")
+        return self.record
+
+    def _attempt(self, number: int) -> str:
+        run_dir = self.job.run_dir(number)
+        run_dir.mkdir(mode=0o700, parents=True)
+        (run_dir / "config.toml").write_text(tomli_w.dumps(self.config.to_dict()), encoding="utf-8")
+        attempt = Attempt(number, local.make_tag(), time.time())
+        self._keep(attempts=(*self.record.attempts, attempt), backoff_until=None)
+        self.say(f"attempt {number}: {self.config.world_size} rank(s) of plan {self.config.plan.tp_plan} in {run_dir}")
+        me = f"{os.getpid()}:{Process.of(os.getpid()).start_ticks}"
+        spec = local.LaunchSpec(
+            nproc=self.config.world_size,
+            run_dir=run_dir,
+            arguments=("--config", str(run_dir / "config.toml"), "--run-dir", str(run_dir), "--supervisor", me),
+            deadline_s=float("inf"),
+            rdzv_id=f"{self.job.name}-{number}",
+            referee=self.referee,
+            tag=attempt.tag,
+        )
+        self._delivered = False
+        try:
+            outcome = local.run(spec, lambda elapsed_s: self._tick(), self._launched)
+        except EndNow as end:
+            self.say(str(end))
+            left = tuple(map(str, local.tagged(attempt.tag)))
+            self._close_attempt(None, str(end), left)
+            return end.ending
+        except EngineError as error:  # the launcher could not be started
+            self._close_attempt(None, error.message, ())
+            return "failed"
+        if outcome.returncode == 0:
+            ending = "drained" if self._drain is not None else "finished"
+            self._close_attempt(0, None, outcome.immortal)
+            return ending
+        reason = first_reason(run_dir) or f"the launcher ended with {outcome.returncode}"
+        self._close_attempt(outcome.returncode, reason, outcome.immortal)
+        self.say(f"attempt {number} failed: {reason}")
+        return "failed"
+
+    def _close_attempt(self, returncode: int | None, reason: str | None, leftovers: tuple[str, ...]) -> None:
+        *earlier, last = self.record.attempts
+        done = replace(last, ended_at=time.time(), returncode=returncode, reason=reason, leftovers=leftovers)
+        self._keep(attempts=(*earlier, done))
+
+    def _try_again(self) -> bool:
+        """Whether another attempt follows; waits out its back-off first."""
+        record, number = self.record, len(self.record.attempts)
+        if record.restart != "on-failure" or self._drain is not None:
+            return False
+        hopeless = HOPELESS & set(exit_codes(self.job.run_dir(number - 1)).values())
+        if hopeless:
+            self.say(f"no restart: a rank ended with {min(hopeless)}, and would again")
+            return False
+        if number > record.max_restarts:
+            self.say(f"no restart: {record.max_restarts} were allowed")
+            return False
+        pause_s = min(BACKOFF_CAP_S, BACKOFF_S * 2 ** (number - 1))
+        self._keep(backoff_until=time.time() + pause_s)
+        self.say(f"restart {number} of {record.max_restarts} in {pause_s:g} s")
+        end = time.monotonic() + pause_s
+        while time.monotonic() < end:
+            self._nap.wait(min(POLL_S, max(0.0, end - time.monotonic())))
+            self._tick()
+        return True
+
+    def _launched(self, pid: int) -> None:
+        *earlier, last = self.record.attempts
+        self._keep(attempts=(*earlier, replace(last, launcher=Process.of(pid))))
+
+    # Orders --------------------------------------------------------------------------------------------------------
+
+    def _count_signal(self, number: int, _: object) -> None:
+        self._signals += 1
+
+    def _tick(self) -> None:
+        """A few times a second, while ranks run and in back-offs. Raises EndNow to end them."""
+        order = self._next_order()
+        if order is not None and order.kind is Kind.ABORT:
+            self._abort(f"abort: {order.why}")
+        if order is not None and order.kind is Kind.DRAIN and self._drain is None:
+            self._drain = order
+            self._keep(draining=order.why)
+            self.say(f"drain: {order.why}; {order.deadline_s:g} s at most")
+        if self._drain is not None:
+            self._advance(self._drain)
+
+    def _next_order(self) -> Order | None:
+        if self._signals > 1:
+            return Order.make(Kind.ABORT, "a second signal", by="signal")
+        if self._signals and self._drain is None:
+            return Order.make(Kind.DRAIN, "a signal", by="signal", deadline_s=self.config.liveness.drain_deadline_s)
+        order = read_order(self.job.order)
+        if order is None or order.id == self._ordered:
+            return None
+        self._ordered = order.id
+        return order
+
+    def _advance(self, drain: Order) -> None:
+        ranks = self._ranks()
+        leader = ranks[0] if ranks else None
+        if leader is None or (leader.alive and leader.state in BEFORE_THE_STREAM):
+            raise EndNow("drained", "drained before the stream ran: nothing was accepted")
+        if not self._delivered:
+            self._delivered = leader.process.send(signal.SIGTERM)
+        if drain.overdue():
+            self._abort(f"the drain took longer than {drain.deadline_s:g} s")
+
+    def _abort(self, why: str) -> None:
+        """Rank 0 gets the chance to write down what it leaves behind; then everything is ended."""
+        for rank in self._ranks()[:1]:
+            if rank.process.send(signal.SIGTERM):
+                self._nap.wait(APART_S)
+                rank.process.send(signal.SIGTERM)
+                self._nap.wait(APART_S)
+        raise EndNow("aborted", why)
+
+    def _ranks(self) -> list[RankSeen]:
+        attempt = self.record.attempt
+        return observe_ranks(self.job.run_dir(attempt.number)) if attempt and attempt.ended_at is None else []
+
+    def _keep(self, **changes: object) -> None:
+        self.record = replace(self.record, **changes)  # type: ignore[arg-type]
+        self.record.write(self.job.record)
+
+    _nap = threading.Event()
+
+
+def say(line: str) -> None:
+    """One line on stderr, with the time: in the background that is the job's supervisor.log."""
+    stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
+    print(f"{stamp} supervisor: {line}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The background process of `tpctl up`. Exit code 0 unless the job failed."""
+    parser = argparse.ArgumentParser(prog="tpctl.jobs.supervise", description="Supervises a job; started by tpctl up.")
+    parser.add_argument("--job", type=Path, required=True)
+    parser.add_argument("--lock", type=int, required=True, help="held open while this process lives")
+    parser.add_argument("--ready", type=int, required=True, help="told once the job is in our hands")
+    parser.add_argument("--no-referee", action="store_true")
+    arguments = parser.parse_args(argv)
+    for descriptor in (arguments.lock, arguments.ready):
+        os.set_inheritable(descriptor, False)  # no rank may hold the lock of a job whose supervisor is gone
+    supervisor = Supervisor(JobDir(arguments.job), say, not arguments.no_referee)
+    supervisor.start()
+    os.write(arguments.ready, b"ready\n")
+    os.close(arguments.ready)
+    return 0 if supervisor.run().ending in ("drained", "finished") else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
