@@ -2,73 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import stat
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import validated
+from tests.cli.jobs import DEADLINE_S, data_of, in_state, nap, sets, state, tag_of, until
 from tpctl.jobs import place
-from tpctl.jobs.process import Process
 from tpctl.launch.local import tagged
 
-DEADLINE_S = 120.0
-TINY = ("sink.kinds=null", "geometry.height=32", "geometry.width=32", "schedule.denoising_step_list=1000")
-_nap = threading.Event()
-
-
-@pytest.fixture
-def state(tmp_path, monkeypatch, weights_cache):
-    """A state directory of this test's own; whatever still runs in it afterwards is ended."""
-    monkeypatch.setenv("TPCTL_STATE_DIR", str(tmp_path / "st"))
-    monkeypatch.setenv("TPCTL_MODEL_CACHE_DIR", str(weights_cache))
-    yield tmp_path / "st" / "jobs"
-    for record in (tmp_path / "st" / "jobs").glob("*/job.json"):
-        try:
-            data = json.loads(record.read_text())
-            _ = data["supervisor"], data["attempts"]
-        except (ValueError, TypeError, KeyError):
-            continue  # a record that its test spoiled
-        if data["supervisor"]:
-            Process.from_dict(data["supervisor"]).send(signal.SIGKILL)
-        for attempt in data["attempts"]:
-            for pid in tagged(attempt["tag"]):
-                os.kill(pid, signal.SIGKILL)
-
-
-def sets(*more: str) -> list[str]:
-    return [word for pair in (*TINY, *more) for word in ("--set", pair)]
-
-
-def data_of(cli, *args: str) -> dict:
-    return validated(cli(*args, "-o", "json").stdout)["data"]
-
-
-def until(cli, name: str, condition: Callable[[dict], bool], what: str) -> dict:
-    """Poll `status` until the condition holds; there is no event to wait for across processes."""
-    end = time.monotonic() + DEADLINE_S
-    while True:
-        data = data_of(cli, "status", name)
-        if condition(data):
-            return data
-        assert time.monotonic() < end, (what, data, (place.find(name).log).read_text())
-        _nap.wait(0.1)
-
-
-def in_state(*states: str) -> Callable[[dict], bool]:
-    return lambda data: data["state"] in states
-
-
-def tag_of(state: Path, name: str) -> str:
-    return json.loads((state / name / "job.json").read_text())["attempts"][-1]["tag"]
+__all__ = ["state"]
 
 
 def test_a_job_is_started_seen_and_drained_by_a_signal(cli, state):
@@ -145,7 +93,7 @@ def test_without_its_supervisor_a_job_ends_itself_and_status_tells_the_truth(cli
     end = time.monotonic() + 30  # the watchdog's default, and more than a drain takes
     while tagged(tag_of(state, "orphan")):
         assert time.monotonic() < end, "ranks outlived their supervisor"
-        _nap.wait(0.1)
+        nap.wait(0.1)
     account = data_of(cli, "status", "orphan")["account"]
     assert account["accepted"] == account["emitted"]
     refused = cli("up", "--name", "orphan", *sets())

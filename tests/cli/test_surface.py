@@ -163,12 +163,13 @@ def test_up_examples_parse(cli, monkeypatch, tmp_path):
         assert cli(*words, "--dry-run").exit_code == 0, example
 
 
-def test_ps_examples_run_and_status_examples_name_a_job(cli, monkeypatch, tmp_path):
+def test_ps_examples_run_and_those_of_other_job_commands_name_a_job(cli, monkeypatch, tmp_path):
     monkeypatch.setenv("TPCTL_STATE_DIR", str(tmp_path / "st"))
     for example in _examples(["ps"], cli):
         assert cli(*shlex.split(example)[1:]).exit_code == 0, example
-    for example in _examples(["status"], cli):
-        assert cli(*shlex.split(example)[1:]).exit_code == 7, example  # parsed, and there is no job JOB
+    for command in ("status", "wait", "drain", "abort"):
+        for example in _examples([command], cli):
+            assert cli(*shlex.split(example)[1:]).exit_code == 7, example  # parsed, and there is no job JOB
 
 
 @pytest.mark.parametrize("args", [["env"], ["config", "show"], ["config", "check"], ["help", "exit-codes"], ["schema"]])

@@ -87,7 +87,7 @@ def up(
         pid, ending = start.start(job, held, not no_referee), None
     good = ending in (None, "drained", "finished")
     words = f"job {job.name} is over: {ending}" if ending else f"job {job.name} is started, supervised by {pid}"
-    step = f"tpctl status {job.name}"
+    step = f"tpctl status {job.name}" if ending else f"tpctl wait {job.name} --for running"
     data = {**plan, "name": job.name, "directory": str(job.path), "job_id": record.job_id, "pid": pid, "dry_run": False}
     finding = Finding("job.up", Verdict.PASS if good else Verdict.FAIL, words, ending, next=step)
     out.emit(

@@ -91,9 +91,11 @@ def _verdict(state: JobState) -> Verdict:
 
 
 def _next(state: JobState, seen: Seen) -> str | None:
-    if state in FAILED or state is JobState.wedged:
+    if state is JobState.wedged:
+        return f"tpctl drain {seen.record.name}"
+    if state in FAILED:
         return f"tpctl triage {seen.run_dir}" if seen.run_dir else None
-    return f"tpctl status {seen.record.name}" if state in NOT_YET else None
+    return f"tpctl wait {seen.record.name} --for running" if state in NOT_YET else None
 
 
 def _state(seen: Seen, config: EngineConfig, age_s: float | None, period_s: float | None) -> tuple[JobState, str]:

@@ -16,15 +16,13 @@ SCHEMA, SCHEMA_VERSION = "tpctl.order", 1
 
 class Kind(StrEnum):
     DRAIN = "drain"
-    CANCEL = "cancel"
     ABORT = "abort"
 
 
 class OnDeadline(StrEnum):
-    """What a drain does when its deadline passes."""
+    """What a drain does when its deadline passes: end the job, or leave it to its own deadline and say so."""
 
     abort = "abort"
-    resume = "resume"
     fail = "fail"
 
 

@@ -66,10 +66,10 @@ def clear(job: JobDir, yes: bool) -> None:
             seen = observe(job)
         if seen is not None and any(rank.alive for rank in seen.ranks):
             raise JobError(
-                f"the supervisor of job '{job.name}' is gone, but ranks of it still run; they end by themselves",
+                f"the supervisor of job '{job.name}' is gone, but ranks of it still run",
                 code="TP-7616",
                 evidence={"pids": [rank.process.pid for rank in seen.ranks if rank.alive]},
-                next_step=f"tpctl status {job.name}",
+                next_step=f"tpctl abort {job.name} --yes",
             )
         if seen is not None:
             ending = seen.record.ending or "died: its supervisor is gone, and it left no ending"

@@ -26,7 +26,7 @@ from engine.config import EngineConfig, load
 from engine.errors import EngineError
 from engine.lifecycle import RankExit, RankState
 from tpctl.jobs.observe import RankSeen, observe_ranks
-from tpctl.jobs.order import Kind, Order, read_order
+from tpctl.jobs.order import Kind, OnDeadline, Order, read_order
 from tpctl.jobs.place import JobDir
 from tpctl.jobs.process import Process
 from tpctl.jobs.reason import exit_codes, first_reason
@@ -129,7 +129,7 @@ class Supervisor:
         reason = first_reason(run_dir) or f"the launcher ended with {outcome.returncode}"
         self._close_attempt(outcome.returncode, reason, outcome.immortal)
         self.say(f"attempt {number} failed: {reason}")
-        return "failed"
+        return "failed" if self._drain is None else "aborted"
 
     def _close_attempt(self, returncode: int | None, reason: str | None, leftovers: tuple[str, ...]) -> None:
         *earlier, last = self.record.attempts
@@ -182,7 +182,10 @@ class Supervisor:
         if self._signals > 1:
             return Order.make(Kind.ABORT, "a second signal", by="signal")
         if self._signals and self._drain is None:
-            return Order.make(Kind.DRAIN, "a signal", by="signal", deadline_s=self.config.liveness.drain_deadline_s)
+            asked = Order.make(Kind.DRAIN, "a signal", by="signal", deadline_s=self.config.liveness.drain_deadline_s)
+            asked.write(self.job.order)  # whoever asks for a drain from now on attaches to this one
+            self._ordered = asked.id
+            return asked
         order = read_order(self.job.order)
         if order is None or order.id == self._ordered:
             return None
@@ -196,7 +199,7 @@ class Supervisor:
             raise EndNow("drained", "drained before the stream ran: nothing was accepted")
         if not self._delivered:
             self._delivered = leader.process.send(signal.SIGTERM)
-        if drain.overdue():
+        if drain.overdue() and drain.on_deadline is OnDeadline.abort:
             self._abort(f"the drain took longer than {drain.deadline_s:g} s")
 
     def _abort(self, why: str) -> None:

@@ -1,0 +1,117 @@
+"""Jobs ended from outside: drained under load, aborted at a deadline, aborted at once; each receipt balances."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from tests.cli.conftest import validated
+from tests.cli.jobs import DEADLINE_S, data_of, nap, sets, state, tag_of, until
+from tpctl.launch.local import tagged
+
+__all__ = ["state"]
+
+
+def started(cli, name: str, *more: str) -> None:
+    assert cli("up", "--name", name, "--no-referee", *sets(*more)).exit_code == 0
+    until(cli, name, lambda data: (data["emitted"] or 0) >= 2, "two chunks")
+
+
+def test_a_drain_under_load_loses_nothing_and_its_receipt_says_so(cli, state):
+    started(cli, "load", "plan.tp_plan=pp0")
+    planned = validated(cli("drain", "load", "--dry-run", "-o", "json").stdout)["data"]
+    assert planned["dry_run"]
+    assert planned["ending"] is None
+    assert len(planned["blockers"]) == 2
+    assert data_of(cli, "status", "load")["state"] == "running"
+
+    done = cli("drain", "load", "-o", "json")
+    assert done.exit_code == 0, done.stdout
+    receipt = validated(done.stdout)["data"]
+    account = receipt["account"]
+    assert account["accepted"] == account["emitted"] >= 2
+    assert receipt["balanced"]
+    assert receipt["exit_codes"] == {"0": 0, "1": 0}
+    assert [phase["name"] for phase in receipt["phases"]] == ["draining", "shutdown", "exited"]
+    moments = [phase["t_s"] for phase in receipt["phases"]]
+    assert moments == sorted(moments)
+    assert -0.1 < moments[0] < 30
+    assert receipt["leftovers"] == receipt["blockers"] == receipt["abandoned_chunks"] == []
+
+    again = cli("drain", "load", "-o", "json")
+    assert again.exit_code == 0
+    assert validated(again.stdout)["data"] == receipt
+    assert cli("wait", "load", "--for", "drained").exit_code == 0
+    never = cli("wait", "load", "--for", "running", "-o", "json")
+    assert never.exit_code == 3
+    assert validated(never.stdout)["data"]["waited_s"] < 5
+
+
+def test_a_wedged_job_is_aborted_at_the_deadline_which_its_receipt_says(cli, state):
+    started(cli, "stuck", "plan.tp=2")
+    frozen = data_of(cli, "status", "stuck")["ranks"][1]["pid"]
+    os.kill(frozen, signal.SIGSTOP)
+    assert cli("wait", "stuck", "--for", "wedged", "--timeout", "20").exit_code == 0
+    assert cli("wait", "stuck", "--for", "drained", "--fail-on", "wedged", "--timeout", "20").exit_code == 3
+    assert cli("wait", "stuck", "--for", "drained", "--timeout", "0.2").exit_code == 6
+    well = cli("status", "stuck")
+    assert well.exit_code == 3
+    assert "rank 1 is stopped by a signal" in well.stdout + well.stderr
+
+    command = [sys.executable, "-m", "tpctl", "drain", "stuck", "--deadline", "6", "-o", "json"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    end = time.monotonic() + DEADLINE_S
+    while not json.loads((state / "stuck" / "job.json").read_text())["draining"]:
+        assert time.monotonic() < end
+        nap.wait(0.05)
+    first.send_signal(signal.SIGINT)
+    _, said = first.communicate(timeout=DEADLINE_S)
+    assert first.returncode == 130, said
+    assert b"the drain of stuck goes on" in said
+
+    done = cli("drain", "stuck", "--deadline", "20", "-o", "json")
+    assert done.exit_code == 6, done.stdout
+    assert "attached" in done.stderr
+    receipt = validated(done.stdout)["data"]
+    assert receipt["ending"] == "aborted"
+    assert receipt["deadline_s"] == 6
+    assert "longer than 6 s" in receipt["why"]
+    account = receipt["account"]
+    assert receipt["balanced"]
+    assert account["accepted"] == account["emitted"] + account["abandoned"]
+    assert receipt["abandoned_chunks"] == [account["accepted"] - 1]
+    assert receipt["leftovers"] == []
+    assert tagged(tag_of(state, "stuck")) == []
+
+
+def test_an_abort_asks_first_and_ends_everything(cli, state):
+    started(cli, "brief")
+    asked = cli("abort", "brief")
+    assert asked.exit_code == 2
+    assert "TP-7622" in asked.stderr
+    assert validated(cli("abort", "brief", "--dry-run", "-o", "json").stdout)["data"]["ending"] is None
+    assert data_of(cli, "status", "brief")["state"] == "running"
+    done = cli("abort", "brief", "--yes", "-o", "json")
+    receipt = validated(done.stdout)["data"]
+    assert done.exit_code == (8 if receipt["abandoned_chunks"] else 0), done.stdout
+    assert receipt["ending"] == "aborted"
+    assert receipt["balanced"]
+    assert receipt["leftovers"] == []
+    assert tagged(tag_of(state, "brief")) == []
+
+
+def test_a_deadline_that_the_ranks_would_not_keep_is_refused(cli, state):
+    assert cli("up", "--name", "late", *sets("liveness.drain_deadline_s=5")).exit_code == 0
+    refused = cli("drain", "late", "--deadline", "60")
+    assert refused.exit_code == 2
+    assert "TP-7620" in refused.stderr
+    done = cli("drain", "late", "-o", "json")
+    assert done.exit_code == 0, done.stdout
+    receipt = validated(done.stdout)["data"]
+    assert receipt["ending"] == "drained"
+    assert (receipt["account"] or {"accepted": 0})["accepted"] == 0
+    assert receipt["leftovers"] == []

@@ -1,0 +1,170 @@
+"""Ending a job from outside: give the order, watch it being carried out, and account for what became of the work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tpctl.errors import JobError
+from tpctl.jobs import place
+from tpctl.jobs.observe import RankSeen, Seen, observe
+from tpctl.jobs.order import Kind, OnDeadline, Order, read_order
+from tpctl.jobs.place import JobDir
+from tpctl.jobs.reason import exit_codes
+from tpctl.launch.local import tagged
+from tpctl.matrix.observation import read_reports
+
+POLL_S = 0.1
+# From the deadline to the end of an abort: the launcher's grace, and the time the kernel needs to bury the killed.
+ABORT_S = 20.0
+PHASES = ("draining", "shutdown", "exited", "aborted")
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of a job's work. `ending` is None while it is not over; times in seconds since the order.
+
+    `balanced` holds accepted = emitted + dropped + abandoned in rank 0's own report, and that its black box counted
+    the same; None where no rank 0 ever opened an account.
+    """
+
+    job: str
+    job_id: str
+    ending: str | None
+    why: str | None
+    deadline_s: float
+    on_deadline: str
+    wall_s: float
+    phases: list[dict[str, Any]]
+    account: dict[str, int] | None
+    balanced: bool | None
+    abandoned_chunks: list[int]
+    exit_codes: dict[str, int]
+    blockers: list[str]
+    leftovers: list[str]
+    dry_run: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def order_drain(job: JobDir, deadline_s: float, on_deadline: OnDeadline) -> tuple[Order, bool]:
+    """The drain in force, and whether it was there already: a second one attaches to the first."""
+    found = read_order(job.order)
+    if found is not None and found.kind is Kind.DRAIN:
+        return found, True
+    order = Order.make(Kind.DRAIN, "asked by its operator", deadline_s=deadline_s, on_deadline=on_deadline)
+    order.write(job.order)
+    return order, False
+
+
+def order_abort(job: JobDir) -> Order:
+    """Abort; where no supervisor is left to do it, here and now."""
+    order = Order.make(Kind.ABORT, "asked by its operator")
+    order.write(job.order)
+    seen = observe(job)
+    if not seen.supervisor_alive and seen.same_boot and seen.record.attempt is not None:
+        for pid in tagged(seen.record.attempt.tag):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    return order
+
+
+def follow(job: JobDir, limit_s: float, told: Callable[[Seen], None] = lambda seen: None) -> Seen:
+    """Watch until nothing of the job lives any more, or `limit_s` has passed. Returns the last look."""
+    nap, end = threading.Event(), time.monotonic() + limit_s
+    while True:
+        seen = observe(job)
+        told(seen)
+        if seen.over or time.monotonic() >= end:
+            return seen
+        nap.wait(POLL_S)
+
+
+def receipt(job: JobDir, order: Order | None, seen: Seen) -> Receipt:
+    """What can be said now. Reads the files of the last attempt."""
+    record, over = seen.record, seen.over
+    reports = read_reports(seen.run_dir) if seen.run_dir else {}
+    account, balanced = _account(reports.get(0), seen)
+    phases, abandoned = _phases(reports.get(0), order, seen), (account or {}).get("abandoned", 0)
+    attempt = record.attempt
+    return Receipt(
+        job=record.name,
+        job_id=record.job_id,
+        ending=(record.ending or "lost") if over else None,
+        why=(attempt.reason if attempt else None) or record.draining,
+        deadline_s=order.deadline_s if order else 0.0,
+        on_deadline=order.on_deadline.value if order else OnDeadline.abort.value,
+        wall_s=phases[-1]["t_s"] if over and phases else order.age_s() if order else 0.0,
+        phases=phases,
+        account=account,
+        balanced=balanced,
+        abandoned_chunks=list(range(account["accepted"] - abandoned, account["accepted"])) if account else [],
+        exit_codes={str(rank): code for rank, code in exit_codes(seen.run_dir).items()} if seen.run_dir else {},
+        blockers=[] if over else [_blocker(rank, seen.now_ns) for rank in seen.ranks if rank.alive],
+        leftovers=leftovers(job, seen) if over else [],
+    )
+
+
+def leftovers(job: JobDir, seen: Seen) -> list[str]:
+    """What a job that is over must not leave: processes of it, its socket, its lock."""
+    found = []
+    if seen.same_boot and seen.record.attempt is not None:
+        found += [f"process {pid}" for pid in tagged(seen.record.attempt.tag)]
+    if job.socket.exists():
+        found.append(f"socket {job.socket}")
+    held = place.lock(job)
+    if held is None:
+        found.append(f"lock {job.lock}")
+    else:
+        os.close(held)
+    return found
+
+
+def _account(report: dict[str, Any] | None, seen: Seen) -> tuple[dict[str, int] | None, bool | None]:
+    """Rank 0's own account; of a rank 0 that was killed, what its black box counted, the rest abandoned."""
+    leader = next((rank for rank in seen.ranks if rank.rank == 0), None)
+    if leader is None:
+        return None, None
+    stream = leader.stream
+    counted = {"accepted": stream.accepted, "emitted": stream.emitted, "dropped": stream.dropped}
+    counted["abandoned"] = stream.accepted - stream.emitted - stream.dropped
+    own: dict[str, int] | None = (report or {}).get("account")
+    if own is None:
+        return counted, counted["abandoned"] >= 0
+    balanced = own["accepted"] == own["emitted"] + own["dropped"] + own["abandoned"]
+    return own, balanced and own == counted
+
+
+def _phases(report: dict[str, Any] | None, order: Order | None, seen: Seen) -> list[dict[str, Any]]:
+    """When rank 0 entered each phase of the ending."""
+    leader = next((rank for rank in seen.ranks if rank.rank == 0), None)
+    if order is None or leader is None or report is None:
+        return []
+    born_s = leader.process.start_ticks / os.sysconf("SC_CLK_TCK") - order.asked_ns / 1e9
+    times = report.get("times") or {}
+    return [{"name": name, "t_s": round(born_s + times[f"{name}_s"], 3)} for name in PHASES if f"{name}_s" in times]
+
+
+def _blocker(rank: RankSeen, now_ns: int) -> str:
+    where = f", after '{rank.last.action}' {(now_ns - rank.last.t_ns) / 1e9:.1f} s ago" if rank.last else ""
+    stopped = " (stopped by a signal)" if rank.letter in ("T", "t") else ""
+    return f"rank {rank.rank}: {rank.state.value}{stopped}{where}"
+
+
+def require_running(job: JobDir) -> Seen:
+    """Raises JobError for a job that is over, unless it ended by the drain that is asked for again."""
+    seen = observe(job)
+    if seen.over and read_order(job.order) is None:
+        raise JobError(
+            f"job '{job.name}' is over already: {seen.record.ending or 'its supervisor was lost'}",
+            code="TP-7619",
+            next_step=f"tpctl status {job.name}",
+        )
+    return seen
