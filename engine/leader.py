@@ -59,7 +59,7 @@ def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: M
             clock.mark("t_b_ms")
             pixels_THWC = stage0.accept(result.latents_out_BFCHW, envelope.plan)
             sinks.write(pixels_THWC.numpy(), envelope.plan.chunk_index, envelope.prompt or "")
-            context.count("emitted")
+            context.emitted(envelope.plan.chunk_index)
             recorder.keep(envelope.plan.chunk_index, result.latents_out_BFCHW, pixels_THWC)
             clock.mark("t_c_ms")
             context.keep(chunk_record(envelope, call_id, result, clock.turn()), result)

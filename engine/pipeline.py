@@ -147,7 +147,7 @@ class Pipeline:
         self._emitting = False
         pixels_THWC = torch.cat(pixels)
         sinks.write(pixels_THWC.numpy(), result.chunk_index, flight.prompt)
-        self.context.count("emitted")
+        self.context.emitted(result.chunk_index)
         recorder.keep(result.chunk_index, latents_BFCHW, pixels_THWC)
         self._record(flight, result, tRecv_ms, inside_ms, first, arrival)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.blackbox import BlackBox
 from engine.config import EngineConfig, RankEnv
+from engine.control import Steering
 from engine.drain import DrainRequest
 from engine.errors import EngineError, TripwireError
 from engine.lifecycle import RankExit, RankState
@@ -32,6 +33,7 @@ class RankContext:
     report: RankReport
     timeline: Timeline
     blackbox: BlackBox
+    steering: Steering | None = None
 
     def __post_init__(self) -> None:
         self.watchdog = Watchdog(self._expired)
@@ -59,6 +61,12 @@ class RankContext:
             raise EngineError("chunks are counted on rank 0, once its account is open", code="TP-6406")
         self.report.account[fate] += 1
         self.blackbox.count(fate)
+
+    def emitted(self, chunk_index: int) -> None:
+        """A chunk is out: count it, and tell whoever steered it."""
+        self.count("emitted")
+        if self.steering is not None:
+            self.steering.shown(chunk_index)
 
     def warn(self, text: str) -> None:
         """Once in the report, once on stderr."""

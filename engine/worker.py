@@ -9,6 +9,7 @@ In pp, `pipeline.Pipeline` (rank 0) -> `meshleader.MeshLeader` -> `Stage1.step`,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -33,6 +34,7 @@ from engine.comm.topology import (
 )
 from engine.comm.transport import BroadcastLink
 from engine.config import EngineConfig, RankEnv
+from engine.control import ControlSocket, SteeredTimeline, Steering
 from engine.drain import Supervisor
 from engine.errors import CommError, EngineError
 from engine.evidence import Evidence
@@ -123,6 +125,14 @@ class Worker:
         self._serve(groups, stage1, materials)
         report.move(RankState.SHUTDOWN)
 
+    def listen(self, path: Path) -> ControlSocket:
+        """On rank 0, once, before `run`: from here on an operator's requests wait for the stream's next chunk."""
+        geometry = self.config.geometry
+        enough = geometry.window_frames >= geometry.frames_per_chunk + geometry.context_frames
+        steering = self.context.steering = Steering(can_recompute=enough)
+        self.context.timeline = SteeredTimeline(self.context.timeline, steering)
+        return ControlSocket(path, steering)
+
     def _serve(self, groups: Groups, stage1: Stage1 | None, materials: Materials | None) -> None:
         """The loop of this rank's role. Stage 0's loops are imported where there is a Stage 0."""
         if stage1 is None:
@@ -195,6 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="engine.worker", description="One rank of the engine; started by torchrun.")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--control", type=Path, help="where rank 0 listens for its operator")
     parser.add_argument("--supervisor", metavar="PID:TICKS", help="a process without which the job drains itself")
     arguments = parser.parse_args(argv)
     try:
@@ -213,7 +224,11 @@ def main(argv: list[str] | None = None) -> int:
         worker = Worker(config, env, arguments.run_dir, report)
         if supervisor is not None and env.rank == 0:
             supervisor.watch()  # the drain signals have their handlers now
-        worker.run()
+        if arguments.control is None or env.rank != 0:
+            worker.run()
+            return
+        with contextlib.closing(worker.listen(arguments.control)):
+            worker.run()
 
     return guard(run, report)
 

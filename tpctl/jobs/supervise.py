@@ -105,7 +105,10 @@ class Supervisor:
         spec = local.LaunchSpec(
             nproc=self.config.world_size,
             run_dir=run_dir,
-            arguments=("--config", str(run_dir / "config.toml"), "--run-dir", str(run_dir), "--supervisor", me),
+            arguments=(
+                *("--config", str(run_dir / "config.toml"), "--run-dir", str(run_dir)),
+                *("--supervisor", me, "--control", str(self.job.socket)),
+            ),
             deadline_s=float("inf"),
             rdzv_id=f"{self.job.name}-{number}",
             referee=self.referee,

@@ -1,0 +1,47 @@
+"""`tpctl set JOB KEY=VALUE`: the values of a stream that may change while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from typing import Annotated
+
+import typer
+
+from tpctl import options
+from tpctl.errors import CliError
+from tpctl.jobs.steer import IdOption, TimeoutOption, steer
+from tpctl.output import Format, Output
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command("set", epilog="Examples: tpctl set JOB bias=0.5 | tpctl set JOB bias=1 recompute=true")
+def set_(
+    name: options.JobArgument,
+    pairs: Annotated[list[str], typer.Argument(help="bias (0 to 1) or recompute (true, false).", metavar="KEY=VALUE")],
+    request_id: IdOption = None,
+    timeout: TimeoutOption = 60.0,
+    output: options.OutputOption = Format.table,
+    quiet: options.QuietOption = False,
+    no_color: options.NoColorOption = False,
+    debug: options.DebugOption = False,
+) -> None:
+    """Change what may change while a job runs. All values of one command apply at the same chunk."""
+    out = Output.open(output, quiet, no_color, debug)
+    steer(out, name, dict(map(_parsed, pairs)), request_id, timeout)
+
+
+def _parsed(pair: str) -> tuple[str, float | bool]:
+    """Raises CliError: an unknown key, or a value of the wrong kind."""
+    key, _, text = pair.partition("=")
+    if key not in ("bias", "recompute"):
+        near = difflib.get_close_matches(key, ("bias", "recompute"), n=1, cutoff=0.4)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise CliError(f"'{key}' cannot change while a job runs{hint}", code="TP-7623", next_step="tpctl set --help")
+    if key == "recompute" and text in ("true", "false"):
+        return key, text == "true"
+    if key == "bias":
+        with contextlib.suppress(ValueError):
+            return key, float(text)
+    raise CliError(f"{key} cannot be {text!r}", code="TP-7624", next_step="tpctl set --help")
