@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+from engine.config import EngineConfig
 from tests.cli.conftest import validated
 from tests.cli.jobs import DEADLINE_S, data_of, nap, sets, state, tag_of, until
+from tpctl.jobs import place, start
+from tpctl.jobs.process import Process
 from tpctl.launch.local import tagged
 
 __all__ = ["state"]
@@ -115,3 +120,42 @@ def test_a_deadline_that_the_ranks_would_not_keep_is_refused(cli, state):
     assert receipt["ending"] == "drained"
     assert (receipt["account"] or {"accepted": 0})["accepted"] == 0
     assert receipt["leftovers"] == []
+
+
+def test_a_restart_drains_first_and_keeps_what_the_attempt_before_it_left(cli, state):
+    started(cli, "again")
+    before = data_of(cli, "status", "again")
+    said = validated(cli("restart", "again", "-o", "json").stdout)["data"]
+    assert said["ending"] == "drained"
+    assert said["account"]["accepted"] == said["account"]["emitted"] >= 2
+    assert said["attempt"] == 1
+    assert said["job_id"] != before["job_id"]
+    now = until(cli, "again", lambda data: data["state"] == "running" and data["emitted"], "chunks again")
+    assert [attempt["number"] for attempt in now["attempts"]] == [0, 1]
+    assert now["restarts"] == 0
+    assert (state / "again" / "attempts" / "0" / "ranks" / "rank0.json").exists()
+    assert cli("drain", "again").exit_code == 0
+
+    started_anew = cli("restart", "again", "--no-referee", "-o", "json")  # of a job that is over
+    assert started_anew.exit_code == 0, started_anew.stderr
+    assert validated(started_anew.stdout)["data"]["attempt"] == 2
+    assert cli("drain", "again").exit_code == 0
+
+
+def test_what_a_lost_job_left_is_named_and_buried_by_an_abort(cli, state):
+    job = place.make("lost")
+    record = start.freeze(job, EngineConfig(), "no", 0)
+    gone = subprocess.Popen([sys.executable, "-c", "pass"])
+    gone.wait()
+    replace(record, supervisor=Process(gone.pid, 1)).write(job.record)
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(job.socket))
+    assert data_of(cli, "status", "lost")["state"] == "lost"
+    unheard = cli("cut", "lost")
+    assert unheard.exit_code == 7
+    assert "does not listen" in unheard.stderr
+    drained = cli("drain", "lost", "-o", "json")
+    assert drained.exit_code == 3
+    assert validated(drained.stdout)["data"]["leftovers"] == [f"socket {job.socket}"]
+    buried = validated(cli("abort", "lost", "--yes", "-o", "json").stdout)["data"]
+    assert (buried["ending"], buried["leftovers"]) == ("lost", [])

@@ -41,8 +41,6 @@ CASES = [
     (seen(rank(state=RankState.WARMING), rank(1, state=RankState.LOADING)), "loading", Verdict.UNCHECKED),
     (seen(rank()), "running", Verdict.PASS),
     (seen(rank(emitted=0)), "running", Verdict.PASS),
-    (seen(rank(phase="paused", age_s=500)), "idle", Verdict.PASS),
-    (seen(rank(phase="await source", age_s=500)), "starved", Verdict.WARN),
     (seen(rank(age_s=3.5)), "wedged", Verdict.FAIL),
     (seen(rank(letter="T")), "wedged", Verdict.FAIL),
     (seen(rank(), rank(1, letter="")), "wedged", Verdict.FAIL),

@@ -44,6 +44,7 @@ def abort(
         )
     if seen.over:
         order = None
+        ending.bury(job, seen)
     else:
         order = ending.order_abort(job)
         seen = ending.follow(job, ending.ABORT_S)

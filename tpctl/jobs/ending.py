@@ -69,11 +69,18 @@ def order_abort(job: JobDir) -> Order:
     order = Order.make(Kind.ABORT, "asked by its operator")
     order.write(job.order)
     seen = observe(job)
-    if not seen.supervisor_alive and seen.same_boot and seen.record.attempt is not None:
+    if not seen.supervisor_alive:
+        bury(job, seen)
+    return order
+
+
+def bury(job: JobDir, seen: Seen) -> None:
+    """End and remove what a job without a supervisor left behind; its files stay."""
+    if seen.same_boot and seen.record.attempt is not None:
         for pid in tagged(seen.record.attempt.tag):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    return order
+    job.socket.unlink(missing_ok=True)
 
 
 def follow(job: JobDir, limit_s: float, told: Callable[[Seen], None] = lambda seen: None) -> Seen:
@@ -159,11 +166,11 @@ def _blocker(rank: RankSeen, now_ns: int) -> str:
 
 
 def require_running(job: JobDir) -> Seen:
-    """Raises JobError for a job that is over, unless it ended by the drain that is asked for again."""
+    """Raises JobError for a job that has its ending, unless that came by the drain that is asked for again."""
     seen = observe(job)
-    if seen.over and read_order(job.order) is None:
+    if seen.over and seen.record.ending is not None and read_order(job.order) is None:
         raise JobError(
-            f"job '{job.name}' is over already: {seen.record.ending or 'its supervisor was lost'}",
+            f"job '{job.name}' is over already: {seen.record.ending}",
             code="TP-7619",
             next_step=f"tpctl status {job.name}",
         )

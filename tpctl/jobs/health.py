@@ -21,8 +21,6 @@ class JobState(StrEnum):
     loading = "loading"
     compiling = "compiling"
     running = "running"
-    idle = "idle"
-    starved = "starved"
     wedged = "wedged"
     draining = "draining"
     restarting = "restarting"
@@ -43,7 +41,6 @@ BY_RANK = {
     RankState.LOADING: JobState.loading,
     RankState.WARMING: JobState.compiling,
 }
-PAUSED, SOURCE = "paused", "await source"
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def _verdict(state: JobState) -> Verdict:
         return Verdict.FAIL
     if state in NOT_YET:
         return Verdict.UNCHECKED
-    return Verdict.WARN if state is JobState.starved else Verdict.PASS
+    return Verdict.PASS
 
 
 def _next(state: JobState, seen: Seen) -> str | None:
@@ -130,10 +127,6 @@ def _streaming(seen: Seen, config: EngineConfig, age_s: float | None, period_s: 
     stopped = [rank for rank in seen.ranks if rank.letter in ("T", "t")]
     if stopped:
         return JobState.wedged, f"rank {_list(stopped)} is stopped by a signal"
-    if leader.live.phase == PAUSED:
-        return JobState.idle, "paused by its operator"
-    if leader.live.phase == SOURCE:
-        return JobState.starved, "waits for its source"
     dead = [rank for rank in seen.ranks if not rank.alive]
     if dead and leader.state is RankState.RUNNING:
         return JobState.wedged, f"rank {_list(dead)} is gone"

@@ -46,6 +46,7 @@ class JobRecord:
     max_restarts: int = 0
     supervisor: Process | None = None
     attempts: tuple[Attempt, ...] = field(default=())
+    first_attempt: int = 0  # since the operator last started it: the attempts before it do not count as restarts
     backoff_until: float | None = None
     draining: str | None = None  # why
     ending: str | None = None
@@ -57,7 +58,7 @@ class JobRecord:
 
     @property
     def restarts(self) -> int:
-        return max(0, len(self.attempts) - 1)
+        return max(0, len(self.attempts) - self.first_attempt - 1)
 
     def write(self, path: Path) -> None:
         write_json(path, {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(self)})

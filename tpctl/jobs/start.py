@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 from engine.config import EngineConfig
@@ -18,7 +19,7 @@ from engine.errors import ConfigError
 from engine.timeline import Timeline
 from tpctl.errors import JobError, LaunchError
 from tpctl.jobs import place
-from tpctl.jobs.observe import observe
+from tpctl.jobs.observe import Seen, observe
 from tpctl.jobs.place import JobDir
 from tpctl.jobs.process import boot_id
 from tpctl.jobs.record import JobRecord
@@ -65,12 +66,7 @@ def clear(job: JobDir, yes: bool) -> None:
         with contextlib.suppress(JobError):
             seen = observe(job)
         if seen is not None and any(rank.alive for rank in seen.ranks):
-            raise JobError(
-                f"the supervisor of job '{job.name}' is gone, but ranks of it still run",
-                code="TP-7616",
-                evidence={"pids": [rank.process.pid for rank in seen.ranks if rank.alive]},
-                next_step=f"tpctl abort {job.name} --yes",
-            )
+            raise _ranks_left(job, seen)
         if seen is not None:
             ending = seen.record.ending or "died: its supervisor is gone, and it left no ending"
         if not yes:
@@ -172,3 +168,45 @@ def unbounded(config: EngineConfig, origin: str, chunks: int | None) -> EngineCo
     except ConfigError as error:
         error.next_step = "tpctl up --chunks 8"
         raise
+
+
+def revive(job: JobDir) -> int:
+    """Make a job that is over ready for another start, with all it left; returns its lock, which is now held.
+
+    Raises:
+        JobError: it lives, or ranks of it do.
+    """
+    held = place.lock(job)
+    if held is None:
+        raise _running(job)
+    try:
+        seen = observe(job)
+        if not seen.over:
+            raise _ranks_left(job, seen)
+        job.order.unlink(missing_ok=True)
+        record = replace(
+            seen.record,
+            job_id=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            boot=boot_id(),
+            supervisor=None,
+            first_attempt=len(seen.record.attempts),
+            backoff_until=None,
+            draining=None,
+            ending=None,
+            ended_at=None,
+        )
+        record.write(job.record)
+    except BaseException:
+        os.close(held)
+        raise
+    return held
+
+
+def _ranks_left(job: JobDir, seen: Seen) -> JobError:
+    return JobError(
+        f"the supervisor of job '{job.name}' is gone, but ranks of it still run",
+        code="TP-7616",
+        evidence={"pids": [rank.process.pid for rank in seen.ranks if rank.alive]},
+        next_step=f"tpctl abort {job.name} --yes",
+    )

@@ -141,10 +141,11 @@ class Supervisor:
 
     def _try_again(self) -> bool:
         """Whether another attempt follows; waits out its back-off first."""
-        record, number = self.record, len(self.record.attempts)
+        record = self.record
+        number = len(record.attempts) - record.first_attempt
         if record.restart != "on-failure" or self._drain is not None:
             return False
-        hopeless = HOPELESS & set(exit_codes(self.job.run_dir(number - 1)).values())
+        hopeless = HOPELESS & set(exit_codes(self.job.run_dir(len(record.attempts) - 1)).values())
         if hopeless:
             self.say(f"no restart: a rank ended with {min(hopeless)}, and would again")
             return False
