@@ -1,18 +1,25 @@
-"""Options that several commands share, and the configuration they resolve to."""
+"""Options that several commands share, and the configuration they resolve to.
+
+A command asks for a bundle of them by the type of a parameter, `out: Output` or `given: Given`, and `@command(app)`
+puts the options themselves in its place: every command has the same ones, spelt the same.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
 from engine.config import Loaded, dotted_keys, load
 from engine.errors import ConfigError
-from tpctl.output import Format
+from tpctl.output import Format, Output
 
 OutputOption = Annotated[Format, typer.Option("-o", "--output", help="How to print the result.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No talk on stderr, only errors.")]
@@ -80,3 +87,74 @@ def parse_sets(pairs: Sequence[str] | None) -> dict[str, Any]:
 def resolve(config: Path | None, sets: Sequence[str] | None) -> Loaded:
     """The configuration of this invocation: flag > environment > project file > user file > default."""
     return load(config_files(config), os.environ, parse_sets(sets))
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the command line says of the configuration."""
+
+    config: Path | None
+    sets: list[str] | None
+
+    def resolve(self) -> Loaded:
+        """The configuration of this invocation.
+
+        Raises:
+            ConfigError: a file or a value that is wrong; the key, the value and its origin are named.
+        """
+        return resolve(self.config, self.sets)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Options (name, annotation, default) and what makes one value of theirs."""
+
+    make: Callable[..., Any]
+    options: tuple[tuple[str, Any, Any], ...]
+
+
+BUNDLES: dict[type, Bundle] = {
+    Given: Bundle(Given, (("config", ConfigOption, None), ("sets", SetOption, None))),
+    Output: Bundle(
+        Output.open,
+        (
+            ("format", OutputOption, Format.table),
+            ("quiet", QuietOption, False),
+            ("no_color", NoColorOption, False),
+            ("debug", DebugOption, False),
+        ),
+    ),
+}
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def command(app: typer.Typer, name: str | None = None, *, epilog: str) -> Callable[[Command], Command]:
+    """Like `app.command`; a parameter whose type is in `BUNDLES` becomes that bundle's options, last on the help page."""
+
+    def register(function: Command) -> Command:
+        hints = get_type_hints(function, include_extras=True)
+        parameters = inspect.signature(function).parameters.values()
+        bundles = {name: BUNDLES[hint] for name, hint in hints.items() if isinstance(hint, type) and hint in BUNDLES}
+        own = [p.replace(annotation=hints[p.name]) for p in parameters if p.name not in bundles]
+        ordered = [bundle for bundle in BUNDLES.values() if bundle in bundles.values()]
+        shared = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+            for bundle in ordered
+            for name, annotation, default in bundle.options
+        ]
+
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            taken = {
+                name: bundle.make(**{option: values.pop(option) for option, _, _ in bundle.options})
+                for name, bundle in bundles.items()
+            }
+            function(**values, **taken)
+
+        keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        run.__signature__ = inspect.Signature([*keywords, *shared])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in [*keywords, *shared]}
+        app.command(name, epilog=epilog)(run)
+        return function
+
+    return register

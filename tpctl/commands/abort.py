@@ -10,24 +10,20 @@ from tpctl import options
 from tpctl.commands.drain import finish
 from tpctl.errors import JobError
 from tpctl.jobs import ending, place
-from tpctl.output import Envelope, Format, Output
+from tpctl.output import Envelope, Output
 from tpctl.verdict import Finding, Verdict
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-@app.command(epilog="Examples: tpctl abort JOB --yes | tpctl abort JOB --dry-run")
+@options.command(app, epilog="Examples: tpctl abort JOB --yes | tpctl abort JOB --dry-run")
 def abort(
+    out: Output,
     name: options.JobArgument,
     yes: Annotated[bool, typer.Option("--yes", help="Work in flight may be lost.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """End a job now. What was in flight is abandoned, and the receipt says which chunks."""
-    out = Output.open(output, quiet, no_color, debug)
     job = place.find(name)
     seen = ending.require_running(job)
     if dry_run:

@@ -20,17 +20,20 @@ from tpctl.matrix import report
 from tpctl.matrix.cases import Matrix, builtin, load_matrix
 from tpctl.matrix.progress import watcher
 from tpctl.matrix.runner import CaseResult, Runner, make_assets
-from tpctl.output import Column, Envelope, Format, Output, Table, to_json
+from tpctl.output import Column, Envelope, Output, Table, to_json
 from tpctl.verdict import Coverage, Verdict, worst
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-@app.command(
+@options.command(
+    app,
     epilog="Examples: tpctl bringup | tpctl bringup --list | tpctl bringup --level 1 -o json | "
-    "tpctl bringup --case v1.1c-tp2 -o wide | tpctl bringup --junit bringup.xml --baseline runs/LAST"
+    "tpctl bringup --case v1.1c-tp2 -o wide | tpctl bringup --junit bringup.xml --baseline runs/LAST",
 )
 def bringup(
+    out: Output,
+    given: options.Given,
     level: Annotated[int, typer.Option("--level", min=1, max=3, help="1 seconds, 2 all plans, 3 sweeps.")] = 2,
     matrix: Annotated[
         Path | None, typer.Option("--matrix", help="A matrix file, in place of a level.", metavar="FILE")
@@ -53,23 +56,16 @@ def bringup(
         str | None, typer.Option("--save-baseline", help="Keep this run's figures.", metavar="NAME|FILE")
     ] = None,
     list_cases: Annotated[bool, typer.Option("--list", help="List the cases and leave.")] = False,
-    config: options.ConfigOption = None,
-    sets: options.SetOption = None,
     strict: options.StrictOption = False,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """Run a bring-up matrix on real processes, gate each case, and report; all cases run even if one fails."""
-    out = Output.open(output, quiet, no_color, debug)
     chosen = builtin(level) if matrix is None else load_matrix(matrix)
     chosen = chosen.select(case) if case else chosen
     if list_cases:
         print_list(out, chosen)
         return
     check_endpoint(rdzv_endpoint)
-    base = options.resolve(config, sets).config
+    base = given.resolve().config
     base = replace(base, plan=replace(base.plan, tp=1))
     reference = baselines.read(baseline) if baseline else None
     if junit is not None and not junit.resolve().parent.is_dir():

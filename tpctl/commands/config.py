@@ -11,7 +11,7 @@ import typer
 from engine.config import CHOICES, SINK_KINDS, EngineConfig
 from tpctl import options
 from tpctl.errors import CliError
-from tpctl.output import Column, Envelope, Format, Output, Table
+from tpctl.output import Column, Envelope, Output, Table
 from tpctl.verdict import Finding, Verdict
 
 app = typer.Typer(
@@ -47,17 +47,13 @@ def commented_toml() -> str:
     return "\n".join(lines)
 
 
-@app.command(epilog="Examples: tpctl config init | tpctl config init prod.toml | tpctl config init --force")
+@options.command(app, epilog="Examples: tpctl config init | tpctl config init prod.toml | tpctl config init --force")
 def init(
+    out: Output,
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path(options.PROJECT_FILE),
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that exists.")] = False,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """Write a commented configuration file with every key and its default."""
-    out = Output.open(output, quiet, no_color, debug)
     if path.exists() and not force:
         raise CliError(
             f"{path} exists and is left as it is", code="TP-7003", next_step=f"tpctl config init {path} --force"
@@ -70,19 +66,16 @@ def init(
     )
 
 
-@app.command(epilog="Examples: tpctl config show | tpctl config show --origin | tpctl config show --set plan.tp=2")
+@options.command(
+    app, epilog="Examples: tpctl config show | tpctl config show --origin | tpctl config show --set plan.tp=2"
+)
 def show(
+    out: Output,
+    given: options.Given,
     origin: Annotated[bool, typer.Option("--origin", help="Name the source of each value.")] = False,
-    config: options.ConfigOption = None,
-    sets: options.SetOption = None,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """Show every value in force, and with --origin where it came from."""
-    out = Output.open(output, quiet, no_color, debug)
-    loaded = options.resolve(config, sets)
+    loaded = given.resolve()
     rows = [
         {"key": f"{section}.{key}", "value": value, "origin": loaded.origins[f"{section}.{key}"]}
         for section, values in loaded.config.to_dict().items()
@@ -96,18 +89,13 @@ def show(
     )
 
 
-@app.command(epilog="Examples: tpctl config check | tpctl config check --config prod.toml --set plan.tp=2")
+@options.command(app, epilog="Examples: tpctl config check | tpctl config check --config prod.toml --set plan.tp=2")
 def check(
-    config: options.ConfigOption = None,
-    sets: options.SetOption = None,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
+    out: Output,
+    given: options.Given,
 ) -> None:
     """Check the configuration as a launch would: types, choices, geometry, and whether tp divides the model."""
-    out = Output.open(output, quiet, no_color, debug)
-    loaded = options.resolve(config, sets)
+    loaded = given.resolve()
     cfg = loaded.config
     sources = sorted({source for source in loaded.origins.values() if source != "default"})
     facts = (

@@ -14,14 +14,17 @@ from tpctl.exitcodes import ExitCode
 from tpctl.jobs import ending, place
 from tpctl.jobs.ending import Receipt
 from tpctl.jobs.order import OnDeadline
-from tpctl.output import Envelope, Format, Output
+from tpctl.output import Envelope, Output
 from tpctl.verdict import Finding, Verdict
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-@app.command(epilog="Examples: tpctl drain JOB | tpctl drain JOB --deadline 10 -o json | tpctl drain JOB --dry-run")
+@options.command(
+    app, epilog="Examples: tpctl drain JOB | tpctl drain JOB --deadline 10 -o json | tpctl drain JOB --dry-run"
+)
 def drain(
+    out: Output,
     name: options.JobArgument,
     deadline: Annotated[
         float | None, typer.Option("--deadline", min=0.1, help="Seconds for all of it; the job's own if not given.")
@@ -30,13 +33,8 @@ def drain(
         OnDeadline, typer.Option("--on-deadline", help="Then: abort, or fail (the job's own deadline still ends it).")
     ] = OnDeadline.abort,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """Drain a job. A second drain attaches to the first; Ctrl-C detaches from it, and the drain goes on."""
-    out = Output.open(output, quiet, no_color, debug)
     job = place.find(name)
     seen = ending.require_running(job)
     own_s = load([("job", job.config)]).config.liveness.drain_deadline_s

@@ -18,17 +18,20 @@ from tpctl.drill.runner import DrillRunner
 from tpctl.drill.table import Drill
 from tpctl.exitcodes import for_verdict
 from tpctl.matrix.runner import make_assets
-from tpctl.output import Column, Envelope, Format, Output, Table, to_json
+from tpctl.output import Column, Envelope, Output, Table, to_json
 from tpctl.verdict import Coverage, Verdict, worst
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-@app.command(
+@options.command(
+    app,
     epilog="Examples: tpctl drill --list | tpctl drill OM-11 | tpctl drill OM-21 OM-25 -o json | "
-    "tpctl drill OM-12 --without-guard"
+    "tpctl drill OM-12 --without-guard",
 )
 def drill(
+    out: Output,
+    given: options.Given,
     ids: Annotated[list[str] | None, typer.Argument(help="Drills; OM-21 takes all its variants. None: all.")] = None,
     without_guard: Annotated[
         bool, typer.Option("--without-guard", help="The proof run: the guard is off, and the drill must fail.")
@@ -37,20 +40,13 @@ def drill(
     run_dir: Annotated[
         Path | None, typer.Option("--run-dir", help="Default: runs/<UTC time>-drill.", metavar="DIR")
     ] = None,
-    config: options.ConfigOption = None,
-    sets: options.SetOption = None,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """Break a real job in one way and check that it dies fast, for the named reason, with nothing left behind."""
-    out = Output.open(output, quiet, no_color, debug)
     chosen = table.select(table.load(), ids or ())
     if list_drills:
         print_list(out, chosen)
         return
-    base = options.resolve(config, sets).config
+    base = given.resolve().config
     directory = new_run_dir(run_dir or Path("runs") / datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ-drill")).resolve()
     out.say(f"run directory: {directory}")
     make_assets(base, directory)

@@ -16,23 +16,18 @@ from tpctl.verdict import Coverage, Finding, Verdict
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-@app.command(epilog="Examples: tpctl env | tpctl env -o yaml | tpctl env --save host-a.toml")
+@options.command(app, epilog="Examples: tpctl env | tpctl env -o yaml | tpctl env --save host-a.toml")
 def env(
+    out: Output,
+    given: options.Given,
     save: Annotated[
         Path | None, typer.Option("--save", help="Also write the snapshot as TOML, for parity-check.", metavar="FILE")
     ] = None,
-    config: options.ConfigOption = None,
-    sets: options.SetOption = None,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """Show this host: hardware, versions, thread settings, the environment by allow-list, the configuration."""
-    out = Output.open(output, quiet, no_color, debug)
     findings: tuple[Finding, ...] = ()
     try:
-        taken = snapshot.take(options.resolve(config, sets))
+        taken = snapshot.take(given.resolve())
     except ConfigError as error:
         taken = snapshot.take(error)
         findings = (Finding(error.code, Verdict.WARN, error.message, next=error.next_step),)
@@ -42,7 +37,7 @@ def env(
         out.say(f"saved {save}")
         step = f"tpctl parity-check {save} OTHER-HOST.toml"
     rows = [{"key": key, "value": value} for key, value in snapshot.flatten(taken).items()]
-    narrow = [row for row in rows if output is Format.wide or not row["key"].startswith("config.")]
+    narrow = [row for row in rows if out.format is Format.wide or not row["key"].startswith("config.")]
     shown = [{"key": row["key"], "value": v if isinstance(v := row["value"], str) else json.dumps(v)} for row in narrow]
     out.emit(
         Envelope(

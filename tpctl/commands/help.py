@@ -10,7 +10,7 @@ import typer
 from tpctl import options
 from tpctl.errors import CliError
 from tpctl.exitcodes import MEANING
-from tpctl.output import Column, Envelope, Format, Output, Table
+from tpctl.output import Column, Envelope, Output, Table
 from tpctl.verdict import Verdict
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -29,16 +29,12 @@ TOPICS: dict[str, tuple[str, Callable[[], tuple[Table, list[str]]]]] = {
 }
 
 
-@app.command(epilog="Examples: tpctl help exit-codes")
+@options.command(app, epilog="Examples: tpctl help exit-codes")
 def help_topic(
+    out: Output,
     topic: Annotated[str | None, typer.Argument(help="The topic; without one, the list of topics.")] = None,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """Explain a topic that belongs to no single command."""
-    out = Output.open(output, quiet, no_color, debug)
     if topic is None:
         rows = [{"topic": name, "about": about} for name, (about, _) in TOPICS.items()]
         table = Table([Column("topic", "topic"), Column("about", "about")], rows)

@@ -23,18 +23,20 @@ from tpctl.kvaudit import Auditor
 from tpctl.kvdeep import ANSWER, DeepAudit, dig, table
 from tpctl.kvreplay import config_path, require_frames
 from tpctl.matrix.observation import read_reports
-from tpctl.output import Column, Envelope, Format, Output, Table
+from tpctl.output import Column, Envelope, Output, Table
 from tpctl.verdict import Coverage, Finding, Verdict, worst
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 POLL_S = 0.1
 
 
-@app.command(
+@options.command(
+    app,
     epilog="Examples: tpctl kv-audit RUN | tpctl kv-audit RUN -o json | tpctl kv-audit RUN --live | "
-    "tpctl kv-audit RUN --deep"
+    "tpctl kv-audit RUN --deep",
 )
 def kv_audit(
+    out: Output,
     run_dir: Annotated[Path, typer.Argument(help="The run directory.", metavar="RUN_DIR")],
     live: Annotated[bool, typer.Option("--live", help="Follow the job until it ends.")] = False,
     timeout_s: Annotated[float, typer.Option("--timeout", help="With --live: seconds at most; 0 is no limit.")] = 0.0,
@@ -48,16 +50,11 @@ def kv_audit(
     replay_timeout_s: Annotated[
         float, typer.Option("--replay-timeout", min=0.0, help="With --deep: seconds for the replay; 0 is no limit.")
     ] = 900.0,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """Compare the cache history of all ranks; name the first chunk, field, layer and rank that diverged.
 
     With --deep, name the first generator call, layer, head and rank whose cached values differ from a replay's.
     """
-    out = Output.open(output, quiet, no_color, debug)
     records = RunRecords(run_dir)
     if deep and not live:
         require_frames(run_dir)

@@ -31,11 +31,14 @@ EMPTY = "(empty)"
 WIDE_SOURCES = 8  # up to so many, `-o wide` gives each source a column
 
 
-@app.command(
+@options.command(
+    app,
     epilog="Examples: tpctl parity-check | tpctl parity-check --set plan.tp=2 | "
-    "tpctl parity-check host-a.toml host-b.toml | tpctl parity-check runs/RUN/v0-tp2"
+    "tpctl parity-check host-a.toml host-b.toml | tpctl parity-check runs/RUN/v0-tp2",
 )
 def parity_check(
+    out: Output,
+    given: options.Given,
     sources: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -43,18 +46,11 @@ def parity_check(
             "None: the launch to come."
         ),
     ] = None,
-    config: options.ConfigOption = None,
-    sets: options.SetOption = None,
     strict: options.StrictOption = False,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """Compare values by rank or host. What must match fails, what should match warns; -o wide shows every key."""
-    out = Output.open(output, quiet, no_color, debug)
     if not sources:
-        gathered = _launch(options.resolve(config, sets))
+        gathered = _launch(given.resolve())
     elif len(sources) == 1 and sources[0].is_dir():
         gathered = _run(sources[0])
     else:
@@ -78,7 +74,7 @@ def parity_check(
     }
     for row in rows:
         out.stream("row", row.to_dict())
-    wide = output is Format.wide
+    wide = out.format is Format.wide
     shown = [_shown(row, wide) for row in (rows if wide else sorted(differing, key=_urgency))]
     columns = [Column(name, name) for name in ("verdict", "severity", "key", "majority", "differs")]
     columns += [Column("coverage", "coverage", narrow=False, right=True)]

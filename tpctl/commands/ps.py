@@ -12,22 +12,18 @@ from tpctl.exitcodes import for_verdict
 from tpctl.jobs import place
 from tpctl.jobs.health import OVER
 from tpctl.jobs.view import COLUMNS, look, row, unreadable
-from tpctl.output import Envelope, Format, Output, Table
+from tpctl.output import Envelope, Output, Table
 from tpctl.verdict import Coverage, Verdict, worst
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-@app.command(epilog="Examples: tpctl ps | tpctl ps --all | tpctl ps -o json")
+@options.command(app, epilog="Examples: tpctl ps | tpctl ps --all | tpctl ps -o json")
 def ps(
+    out: Output,
     everything: Annotated[bool, typer.Option("--all", "-a", help="Those that are over as well.")] = False,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """List the jobs of this user on this host, and whether each is well."""
-    out = Output.open(output, quiet, no_color, debug)
     rows, findings, verdicts, checked = [], [], [], 0
     for name in place.names():
         try:

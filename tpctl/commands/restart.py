@@ -15,25 +15,21 @@ from tpctl.jobs import ending, place, start
 from tpctl.jobs.observe import observe
 from tpctl.jobs.order import OnDeadline, read_order
 from tpctl.jobs.record import JobRecord
-from tpctl.output import Envelope, Format, Output
+from tpctl.output import Envelope, Output
 from tpctl.verdict import Finding, Verdict
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-@app.command(epilog="Examples: tpctl restart JOB | tpctl restart JOB -o json")
+@options.command(app, epilog="Examples: tpctl restart JOB | tpctl restart JOB -o json")
 def restart(
+    out: Output,
     name: options.JobArgument,
     no_referee: Annotated[
         bool, typer.Option("--no-referee", help="No referee beside the ranks; their own budgets remain.")
     ] = False,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """Drain a job, then start it again. One that is over is started as it is; every attempt's files stay."""
-    out = Output.open(output, quiet, no_color, debug)
     job = place.find(name)
     seen = observe(job)
     if not seen.over:

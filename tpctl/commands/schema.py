@@ -34,22 +34,18 @@ def load_schema(name: str) -> dict[str, Any]:
     return schema
 
 
-@app.command(epilog="Examples: tpctl schema | tpctl schema bringup | tpctl schema env -o yaml")
+@options.command(app, epilog="Examples: tpctl schema | tpctl schema bringup | tpctl schema env -o yaml")
 def schema(
+    out: Output,
     name: Annotated[str | None, typer.Argument(help="The schema; without one, the list.")] = None,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """Print the JSON Schema (2020-12) of a command's output or of a file. The schema itself is bare, not enveloped."""
-    out = Output.open(output, quiet, no_color, debug)
     if name is not None:
         found = load_schema(name)
-        if output is Format.yaml:
+        if out.format is Format.yaml:
             print("\n".join(to_yaml(found)))
         else:
-            print(to_json(found, indent=None if output is Format.jsonl else 2))
+            print(to_json(found, indent=None if out.format is Format.jsonl else 2))
         return
     rows = [{"name": item, "title": load_schema(item)["title"]} for item in names()]
     out.emit(

@@ -11,24 +11,20 @@ import typer
 from tpctl import options
 from tpctl.errors import CliError
 from tpctl.jobs.steer import IdOption, TimeoutOption, steer
-from tpctl.output import Format, Output
+from tpctl.output import Output
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-@app.command("set", epilog="Examples: tpctl set JOB bias=0.5 | tpctl set JOB bias=1 recompute=true")
+@options.command(app, "set", epilog="Examples: tpctl set JOB bias=0.5 | tpctl set JOB bias=1 recompute=true")
 def set_(
+    out: Output,
     name: options.JobArgument,
     pairs: Annotated[list[str], typer.Argument(help="bias (0 to 1) or recompute (true, false).", metavar="KEY=VALUE")],
     request_id: IdOption = None,
     timeout: TimeoutOption = 60.0,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """Change what may change while a job runs. All values of one command apply at the same chunk."""
-    out = Output.open(output, quiet, no_color, debug)
     steer(out, name, dict(map(_parsed, pairs)), request_id, timeout)
 
 

@@ -8,21 +8,17 @@ from tpctl import options
 from tpctl.exitcodes import for_verdict
 from tpctl.jobs import place
 from tpctl.jobs.view import RANK_COLUMNS, look, rank_rows, row
-from tpctl.output import Envelope, Format, Output, Table
+from tpctl.output import Envelope, Output, Table
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-@app.command(epilog="Examples: tpctl status JOB | tpctl status JOB -o json | tpctl status JOB -o wide")
+@options.command(app, epilog="Examples: tpctl status JOB | tpctl status JOB -o json | tpctl status JOB -o wide")
 def status(
+    out: Output,
     name: options.JobArgument,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """Say whether a job's frames advance, and where each of its ranks is."""
-    out = Output.open(output, quiet, no_color, debug)
     found = look(place.find(name))
     health, rows = found.health, rank_rows(found.seen)
     data = {

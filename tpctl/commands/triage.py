@@ -108,16 +108,12 @@ class Case:
         }
 
 
-@app.command(epilog="Examples: tpctl triage RUN | tpctl triage RUN -o wide | tpctl triage RUN -o json")
+@options.command(app, epilog="Examples: tpctl triage RUN | tpctl triage RUN -o wide | tpctl triage RUN -o json")
 def triage(
+    out: Output,
     run_dir: Annotated[Path, typer.Argument(help="A run directory, or the directory of many runs.", metavar="RUN_DIR")],
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """Name the rank that began it, apart from its victims; the failure mode; the runbook; what to type next."""
-    out = Output.open(output, quiet, no_color, debug)
     cases = []
     for directory in find_runs(run_dir):
         cases.append(examine(directory))
@@ -130,7 +126,7 @@ def triage(
         tables.append(table_of_runs(cases))
     for case in shown:
         tables.append(table_of_ranks(case))
-        if output is Format.wide:
+        if out.format is Format.wide:
             tables.append(table_of_acts(case))
         lines += explain(case)
     if not shown:

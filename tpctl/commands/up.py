@@ -12,7 +12,7 @@ from tpctl import options
 from tpctl.exitcodes import ExitCode
 from tpctl.jobs import place, start
 from tpctl.jobs.supervise import Supervisor, say
-from tpctl.output import Envelope, Format, Output
+from tpctl.output import Envelope, Output
 from tpctl.verdict import Finding, Verdict
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -23,11 +23,14 @@ class Restart(StrEnum):
     on_failure = "on-failure"
 
 
-@app.command(
+@options.command(
+    app,
     epilog="Examples: tpctl up --name preview | tpctl up --name night --restart on-failure --set plan.tp=2 | "
-    "tpctl up --name clip --chunks 8 --foreground | tpctl up --dry-run"
+    "tpctl up --name clip --chunks 8 --foreground | tpctl up --dry-run",
 )
 def up(
+    out: Output,
+    given: options.Given,
     name: Annotated[str | None, typer.Option("--name", help="The job's name; one is made if there is none.")] = None,
     foreground: Annotated[
         bool, typer.Option("--foreground", help="Stay, and log to stderr: for containers and systemd.")
@@ -44,16 +47,9 @@ def up(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Remove what a dead job of this name left.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be started, and start nothing.")] = False,
-    config: options.ConfigOption = None,
-    sets: options.SetOption = None,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """Start a job. It runs on after this command, until it is drained, aborted or has made its chunks."""
-    out = Output.open(output, quiet, no_color, debug)
-    loaded = options.resolve(config, sets)
+    loaded = given.resolve()
     cfg = start.unbounded(loaded.config, loaded.origins["run.chunks"], chunks)
     plan = {
         "world_size": cfg.world_size,

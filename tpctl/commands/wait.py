@@ -13,31 +13,28 @@ from tpctl.exitcodes import ExitCode
 from tpctl.jobs import place
 from tpctl.jobs.health import FAILED, OVER, JobState
 from tpctl.jobs.view import look
-from tpctl.output import Envelope, Format, Output
+from tpctl.output import Envelope, Output
 from tpctl.verdict import Finding, Verdict
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 POLL_S = 0.1
 
 
-@app.command(
+@options.command(
+    app,
     epilog="Examples: tpctl wait JOB --for running | tpctl wait JOB --for drained --timeout 60 | "
-    "tpctl wait JOB --for running --fail-on wedged --fail-on restarting"
+    "tpctl wait JOB --for running --fail-on wedged --fail-on restarting",
 )
 def wait(
+    out: Output,
     name: options.JobArgument,
     wanted: Annotated[list[JobState], typer.Option("--for", help="The state to wait for; repeatable: any of them.")],
     fail_on: Annotated[
         list[JobState] | None, typer.Option("--fail-on", help="Give up on this state too; repeatable.")
     ] = None,
     timeout: Annotated[float, typer.Option("--timeout", min=0.0, help="Seconds at most.")] = 120.0,
-    output: options.OutputOption = Format.table,
-    quiet: options.QuietOption = False,
-    no_color: options.NoColorOption = False,
-    debug: options.DebugOption = False,
 ) -> None:
     """Wait until a job is in a state. Returns at once where it is over, or failed, and another was wanted."""
-    out = Output.open(output, quiet, no_color, debug)
     job, began, nap = place.find(name), time.monotonic(), threading.Event()
     goal, bad = frozenset(wanted), FAILED | frozenset(fail_on or ())
     while True:
