@@ -129,7 +129,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def command(app: typer.Typer, name: str | None = None, *, epilog: str) -> Callable[[Command], Command]:
-    """Like `app.command`; a parameter whose type is in `BUNDLES` becomes that bundle's options, last on the help page."""
+    """`app.command`, where a parameter whose type is in `BUNDLES` becomes those options, last on the help page."""
 
     def register(function: Command) -> Command:
         hints = get_type_hints(function, include_extras=True)
