@@ -14,7 +14,7 @@ from pathlib import Path
 
 from engine.lifecycle import RankState
 from engine.referee.hosts import Hosts
-from engine.referee.joint import Caution, Remote, Waits, join, seen, silence
+from engine.referee.joint import Caution, Remote, Waits, join, parted, seen, silence
 from engine.referee.judge import Kind, Verdict, judge
 from engine.referee.record import NAME, Record
 from engine.referee.snapshot import Life, Seat, Snapshot
@@ -125,7 +125,11 @@ class Referee:
         self.watch.ledgers.meet(far)
         snapshot = replace(snapshot, differences=self.watch.ledgers.differences(snapshot.seats))
         self._publish(hosts, local, known)
-        verdict = judge(snapshot) or silence(local, snapshot, known, self._waits, self._lost_ns)
+        verdict = (
+            parted(local, known, hosts.unanswered_ns(), hosts.endpoint)
+            or judge(snapshot)
+            or silence(local, snapshot, known, self._waits, self._lost_ns)
+        )
         return snapshot, verdict
 
     def _publish(self, hosts: Hosts, local: Snapshot, known: tuple[Remote, ...], leaving: bool = False) -> None:

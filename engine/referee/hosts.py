@@ -59,6 +59,7 @@ class Hosts:
         self._published = -1
         self._proposal: tuple[Verdict, bytes] | None = None
         self._turn_ns = time.monotonic_ns()
+        self._answered_ns = 0
         self._gone_ns = 0
         self._wake = threading.Event()
         self._done = threading.Condition()
@@ -69,6 +70,10 @@ class Hosts:
     def remotes(self) -> tuple[Remote, ...]:
         """The other hosts as they are known now."""
         return tuple(self._remotes.values())
+
+    def unanswered_ns(self) -> int:
+        """How long the store has not answered; 0 before it ever did."""
+        return time.monotonic_ns() - self._answered_ns if self._answered_ns else 0
 
     def publish(self, summary: Summary) -> None:
         """Hand over the newest summary; it goes out with the next round."""
@@ -95,6 +100,7 @@ class Hosts:
     def slept(self) -> None:
         """This referee was stopped: what others said meanwhile is still to be read, and nobody was quiet."""
         self._remotes = {slot: _heard(remote, remote.summary) for slot, remote in self._remotes.items()}
+        self._answered_ns = self._answered_ns and time.monotonic_ns()
 
     def _exchange(self) -> None:
         store = None
@@ -185,6 +191,7 @@ class Hosts:
         """Account for a round that ended, one way or the other."""
         now_ns = time.monotonic_ns()
         if reached:
+            self._answered_ns = now_ns
             if self._gone_ns and now_ns - self._gone_ns >= SAY_AFTER_NS and self._published >= 0:
                 self.words.append(f"the job's store at {self.endpoint} answers again")
             self._gone_ns = 0

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 from engine.blackbox import Collective
 from engine.referee import words
-from engine.referee.judge import Kind, Verdict, needed
+from engine.referee.judge import VICTIMS, WAITED, Kind, Verdict, needed
 from engine.referee.snapshot import Life, Seat, Snapshot
 from engine.referee.summary import Summary, to_clock
 
@@ -32,6 +32,9 @@ SETTLE_NS = 1_000_000_000
 MAJORITY_NS = 500_000_000
 # How long the referee beside a rank gets to name it before another does.
 SPEAK_NS = 500_000_000
+# How much of a wait that failed must have been silent, and how much silence is more than a slow store.
+MOST_OF = 0.8
+PARTED_NS = 500_000_000
 WAITING = frozenset({Kind.DEADLOCK, Kind.LEFT, Kind.LATE})
 OWN_WORD = frozenset({Kind.LOST, Kind.FROZEN, Kind.ENDED})
 
@@ -173,6 +176,44 @@ def _silent(remote: Remote, seat: Seat, absent: set[int]) -> str:
     return (
         f"host {remote.summary.host} fell silent {remote.quiet_ns / 1e9:.1f} s ago, and {where}, "
         f"for {words.rank_list(sorted(absent))} of it"
+    )
+
+
+def parted(local: Snapshot, remotes: Iterable[Remote], unanswered_ns: int, endpoint: str) -> Verdict | None:
+    """A local rank ended by its own deadline, and for most of that wait nothing came from another host.
+
+    The link is lost, or the host: from here they look alike, so no rank is blamed.
+
+    Args:
+        unanswered_ns: since when the job's store has not answered this host.
+        endpoint: that store.
+    """
+    ended = [seat for seat in local.seats.values() if seat.life is Life.GONE or seat.ending is not None]
+    codes = {seat.ending.exit_code if seat.ending is not None else None for seat in ended}
+    if not codes & WAITED or not codes <= WAITED | VICTIMS:
+        return None
+    seat = min(
+        (seat for seat in ended if seat.ending is not None and seat.ending.exit_code in WAITED),
+        key=lambda each: each.ended_ns,
+    )
+    error = (seat.ending.error if seat.ending is not None else None) or {}
+    budget_s = float((error.get("evidence") or {}).get("budget_s", 0.0))
+    since_ns = max(int(MOST_OF * budget_s * 1e9), PARTED_NS) + local.t_ns - seat.ended_ns
+    quiet = [remote for remote in remotes if remote.quiet_ns >= since_ns and not remote.summary.leaving]
+    if unanswered_ns >= since_ns:
+        what = f"the job's store at {endpoint} has not answered for {unanswered_ns / 1e9:.1f} s"
+    elif quiet:
+        what = "; ".join(f"host {each.summary.host} has said nothing for {each.quiet_ns / 1e9:.1f} s" for each in quiet)
+    else:
+        return None
+    message = seat.ending.message if seat.ending is not None else ""
+    return Verdict(
+        Kind.LOST,
+        "FM-40",
+        (),
+        tuple(local.seats),
+        f"{what}: the link is lost, or that host; here {message}",
+        seat.ended_ns,
     )
 
 

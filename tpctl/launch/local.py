@@ -22,11 +22,15 @@ from typing import IO
 from tpctl.errors import LaunchError
 from tpctl.launch.environment import rank_environment
 from tpctl.launch.referee import VERDICT, watching
+from tpctl.matrix.observation import read_reports
 
 TAG = "TPCTL_LAUNCH_TAG"
 TICK_S = 0.2
 # How long SIGTERM (drain) may take before SIGKILL, and how long the kernel may take to bury the killed.
 GRACE_S = 5.0
+# With other hosts in the job, the launcher may wait at a store that nobody can reach any more. How long it may do so
+# once its ranks are gone and one of them failed.
+BEREFT_S = 3.0
 REAP_S = 10.0
 
 
@@ -47,6 +51,7 @@ class LaunchSpec:
     node_rank: int = 0
     rdzv_endpoint: str = "localhost:0"
     rdzv_id: str = "job"
+    local_addr: str | None = None
     referee: bool = True
     ranks_dir: Path | None = None
     tag: str = ""
@@ -63,6 +68,9 @@ class LaunchSpec:
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={self.rdzv_endpoint}",
             f"--rdzv-id={self.rdzv_id}",
+            # Which host listens is known here; torch would guess it from host names.
+            *([f"--rdzv-conf=is_host={int(self.node_rank == 0)}"] if self.nnodes > 1 else []),
+            *([f"--local-addr={self.local_addr}"] if self.local_addr is not None else []),
             "--max-restarts=0",
             "--monitor-interval=0.1",
             f"--log-dir={self.run_dir / 'logs'}",
@@ -122,7 +130,7 @@ def run(
         try:
             started(process.pid)
             with referee(spec, tag, log):
-                timed_out = not _wait(process, began, spec.deadline_s, tick)
+                timed_out = not _wait(process, began, spec.deadline_s, _with_company(spec, process, log, tick))
             ended_at = time.time()
         except BaseException:
             _end(process, tag)
@@ -198,6 +206,45 @@ def _wait(process: subprocess.Popen[bytes], started: float, deadline_s: float, t
             tick(time.monotonic() - started)
         else:
             return True
+
+
+def _with_company(
+    spec: LaunchSpec, process: subprocess.Popen[bytes], log: IO[bytes], tick: Callable[[float], None]
+) -> Callable[[float], None]:
+    """With other hosts in the job, a tick that also ends a launcher which waits for them in vain."""
+    if spec.nnodes == 1:
+        return tick
+    ranks: set[int] = set()
+    since = float("inf")
+
+    def ticking(elapsed_s: float) -> None:
+        nonlocal since
+        tick(elapsed_s)
+        alive = _children(process.pid)
+        ranks.update(alive)
+        if alive or not _failed(spec.ranks_dir or spec.run_dir, ranks):
+            since = float("inf")
+            return
+        since = min(since, elapsed_s)
+        if elapsed_s - since >= BEREFT_S:
+            log.write(b"tpctl: this host's ranks have failed and are gone; the launcher waits for other hosts: ended\n")
+            process.kill()
+
+    return ticking
+
+
+def _children(pid: int) -> set[int]:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return {child.pid for child in psutil.Process(pid).children() if child.status() != psutil.STATUS_ZOMBIE}
+    return set()
+
+
+def _failed(ranks_dir: Path, pids: set[int]) -> bool:
+    """Did one of these processes, which are gone, end badly or without a word?"""
+    reports = (report for report in read_reports(ranks_dir).values() if report.get("pid") in pids)
+    return bool(pids) and sum(report.get("exit_code") == 0 for report in reports) < len(pids)
 
 
 def _end(process: subprocess.Popen[bytes], tag: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
