@@ -16,7 +16,7 @@ from engine.config import EngineConfig, from_dict
 from engine.errors import ConfigError
 from tests.cli.conftest import cli, validated
 from tpctl.commands.schema import load_schema
-from tpctl.drill import table
+from tpctl.drill import table, twohosts
 from tpctl.drill.judge import Result
 from tpctl.drill.ranks import Nursery
 from tpctl.drill.runner import DrillRunner
@@ -80,7 +80,7 @@ def test_a_wrong_expectation_is_not_passed(nursery: Nursery, base: EngineConfig,
 
 
 def test_every_fault_has_a_drill_and_a_way_to_lose_its_guard() -> None:
-    planted = {drill.fault for drill in DRILLS.values()}
+    planted = {drill.fault for drill in DRILLS.values() if drill.hosts == 1}
     assert planted == set(faults.FAULTS) == set(faults.UNGUARD)
 
 
@@ -150,3 +150,23 @@ def test_a_drill_answers_by_its_schema(cli, base: EngineConfig) -> None:
     row = data["data"]["drills"][0]
     assert (row["first_rank"], row["code"], row["leftovers"]) == (1, "TP-6001", [])
     assert row["first_failure_ms"] <= 1000
+
+
+def test_a_cut_link_ends_both_hosts_and_is_named_by_both(nursery: Nursery, base: EngineConfig, tmp_path: Path) -> None:
+    """Skipped with its reason where there are no network namespaces; without guard and referee the job lives on."""
+    result = DrillRunner(nursery, base, tmp_path).run(DRILLS["OM-27"])
+    if twohosts.why_not() is not None:
+        assert result.verdict is Verdict.SKIP
+        pytest.skip(result.findings[0].message)
+    assert result.verdict is Verdict.PASS, explain(result)
+    assert all("the link is lost" in twohosts.record_of(tmp_path / "OM-27", n)["verdict"]["message"] for n in (0, 1))
+    assert result.to_dict()["fm"] == "FM-40"
+
+
+def test_no_namespaces_is_a_skip_that_says_why(
+    nursery: Nursery, base: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = DrillRunner(nursery, base, tmp_path).run(DRILLS["OM-27"])
+    assert result.verdict is Verdict.SKIP
+    assert "unshare and ip not installed" in result.findings[0].message

@@ -93,8 +93,10 @@ class Result:
 
     @property
     def verdict(self) -> Verdict:
-        bad = any(finding.verdict is Verdict.FAIL for finding in self.findings)
-        return Verdict.FAIL if bad else Verdict.PASS
+        answers = {finding.verdict for finding in self.findings}
+        if Verdict.FAIL in answers:
+            return Verdict.FAIL
+        return Verdict.SKIP if answers == {Verdict.SKIP} else Verdict.PASS
 
     def to_dict(self) -> dict[str, Any]:
         seen, drill = self.seen, self.seen.drill
@@ -154,35 +156,35 @@ def observe(drill: Drill, run_dir: Path, ended: Ended, clean: Path | None) -> Se
 def judge(seen: Seen) -> Result:
     """With its guard: every demand of the table is one finding."""
     drill, error = seen.drill, seen.error
-    findings = [_find("injected", seen.injected_ns is not None, "the fault was planted", None, None)]
+    findings = [find("injected", seen.injected_ns is not None, "the fault was planted", None, None)]
     for rank, code in sorted(seen.ended.codes.items()):
         allowed = set(drill.victim if rank == drill.victim_rank else drill.others)
         if rank in (seen.referee or {}).get("killed", ()):
             allowed.add(REFEREE_KILL)
-        findings.append(_find("exit code", code in allowed, f"rank {rank} ended with {code}", code, sorted(allowed)))
+        findings.append(find("exit code", code in allowed, f"rank {rank} ended with {code}", code, sorted(allowed)))
     if drill.kind and seen.ended.referee is not None:
         named = seen.verdict.get("kind") in drill.kind and seen.verdict.get("fm") == drill.fm
         said = f"the referee: {seen.verdict.get('kind')} {seen.verdict.get('fm')}"
-        findings.append(_find("reason", named, said, seen.verdict.get("kind"), drill.kind))
+        findings.append(find("reason", named, said, seen.verdict.get("kind"), drill.kind))
     elif drill.code:
         named = error.get("code") in drill.code and (drill.fm is None or error.get("fm") == drill.fm)
-        findings.append(_find("reason", named, f"{error.get('code')} {error.get('fm')}", error.get("code"), drill.code))
+        findings.append(find("reason", named, f"{error.get('code')} {error.get('fm')}", error.get("code"), drill.code))
     text = str(seen.proved.get("message") or error.get("message"))
     for said in drill.says:
         word = said.format(victim=drill.victim_rank)
-        findings.append(_find("words", word in text, f"the error names '{word}'", text, word))
+        findings.append(find("words", word in text, f"the error names '{word}'", text, word))
     right, blame = _blame(seen)
-    findings.append(_find("blame", right, blame, None, drill.blame))
+    findings.append(find("blame", right, blame, None, drill.blame))
     if drill.blame == "drain":
-        findings.append(_find("in time", not seen.ended.timed_out, "the drain ended", seen.gone_ms, None))
+        findings.append(find("in time", not seen.ended.timed_out, "the drain ended", seen.gone_ms, None))
     else:
         for name, value, limit in (
             ("first failure", seen.first_ms, drill.within_ms),
             ("all gone", seen.gone_ms, drill.gone_ms),
         ):
-            findings.append(_find(name, value is not None and value <= limit, f"{name} after {value} ms", value, limit))
+            findings.append(find(name, value is not None and value <= limit, f"{name} after {value} ms", value, limit))
     left = list(seen.ended.leftovers)
-    findings.append(_find("leftovers", not left and not seen.ended.timed_out, f"left: {left or 'nothing'}", left, []))
+    findings.append(find("leftovers", not left and not seen.ended.timed_out, f"left: {left or 'nothing'}", left, []))
     findings += _orderly(seen)
     return Result(seen, tuple(findings), {"blame": blame})
 
@@ -192,14 +194,14 @@ def judge_without_guard(seen: Seen) -> Result:
     drill = seen.drill
     how, drift = _ending(seen)
     findings = [
-        _find("injected", seen.injected_ns is not None, "the fault was planted", None, None),
-        _find("proof", how == drill.proof, f"without its guard: {how}", how, drill.proof),
+        find("injected", seen.injected_ns is not None, "the fault was planted", None, None),
+        find("proof", how == drill.proof, f"without its guard: {how}", how, drill.proof),
     ]
     if drill.drift and how == "silent":
         drifted = drift is not None and not drift <= 1e-3
-        findings.append(_find("drift", drifted, f"latents off by {drift} of the largest value", drift, 1e-3))
+        findings.append(find("drift", drifted, f"latents off by {drift} of the largest value", drift, 1e-3))
     left = list(seen.ended.leftovers)
-    findings.append(_find("leftovers", not left, f"left: {left or 'nothing'}", left, []))
+    findings.append(find("leftovers", not left, f"left: {left or 'nothing'}", left, []))
     return Result(seen, tuple(findings), {"ended_by": how, "drift": drift, "blame": None})
 
 
@@ -222,13 +224,13 @@ def _orderly(seen: Seen) -> list[Finding]:
         account = (seen.reports.get(0) or {}).get("account") or {}
         made = {key: account.get(key, 0) for key in ("accepted", "emitted", "dropped", "abandoned")}
         balanced = made["accepted"] > 0 and made["accepted"] == sum(made.values()) - made["accepted"]
-        found.append(_find("account", balanced, f"account: {made}", made, "balanced"))
+        found.append(find("account", balanced, f"account: {made}", made, "balanced"))
         halves = [
             path.name
             for path in seen.run_dir.iterdir()
             if path.name.endswith(".partial") or path.name.startswith("frames.")
         ]
-        found.append(_find("files", not halves, f"half-written files: {halves or 'none'}", halves, []))
+        found.append(find("files", not halves, f"half-written files: {halves or 'none'}", halves, []))
     return found
 
 
@@ -237,6 +239,8 @@ def _blame(seen: Seen) -> tuple[bool, str]:
     drill, first, evidence = seen.drill, seen.first, dict(seen.error.get("evidence") or {})
     if drill.blame == "drain":
         return True, "asked to end"
+    if drill.blame == "link":
+        return not seen.proved.get("triggers"), "the link"
     if drill.blame == "receiver":
         right = first is not None and first != drill.victim_rank
         return right, f"rank {first} refused what rank {drill.victim_rank} sent"
@@ -272,5 +276,6 @@ def _drift(seen: Seen) -> float | None:
     return worst
 
 
-def _find(name: str, good: bool, message: str, value: Any, limit: Any) -> Finding:
+def find(name: str, good: bool, message: str, value: Any, limit: Any) -> Finding:
+    """One demand: met or not."""
     return Finding(name, Verdict.PASS if good else Verdict.FAIL, message, value, limit)

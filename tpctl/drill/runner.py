@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from engine.config import EngineConfig, from_dict
+from tpctl.drill import twohosts
 from tpctl.drill.judge import Result, judge, judge_without_guard, observe
-from tpctl.drill.ranks import Nursery
+from tpctl.drill.ranks import Ended, Nursery
 from tpctl.drill.table import Drill
 from tpctl.errors import MatrixError
 
@@ -38,6 +39,8 @@ class DrillRunner:
     def run(self, drill: Drill, *, without_guard: bool = False) -> Result:
         """One drill, judged. Without its guard it has no referee either, and must fail."""
         directory = self.root / drill.id
+        if drill.hosts > 1:
+            return self._over_hosts(drill, directory, without_guard=without_guard)
         clean = self.clean_run(drill) if without_guard and drill.drift else None
         hang = without_guard and drill.proof == "hang"
         path, config = self.write_config(drill, directory, without_guard=without_guard, far=hang)
@@ -52,6 +55,17 @@ class DrillRunner:
         )
         seen = observe(drill, directory, ended, clean)
         return judge_without_guard(seen) if without_guard else judge(seen)
+
+    def _over_hosts(self, drill: Drill, directory: Path, *, without_guard: bool) -> Result:
+        """A job over two hosts whose link is cut. Skipped, with the reason, where there can be no namespaces."""
+        if (reason := twohosts.why_not()) is not None:
+            return twohosts.skipped(observe(drill, directory, Ended(), None), reason)
+        path, _ = self.write_config(drill, directory, far=without_guard, broken=False)
+        deadline_s = HANG_DEADLINE_S if without_guard else drill.deadline_s
+        over = twohosts.run(directory, path, deadline_s, at_chunk=drill.at_chunk, guarded=not without_guard)
+        seen = observe(drill, directory, over.ended, None)
+        seen = replace(seen, injected_ns=over.cut_ns, referee=twohosts.record_of(directory, 0))
+        return judge_without_guard(seen) if without_guard else twohosts.judge_over(seen, over)
 
     def clean_run(self, drill: Drill) -> Path:
         """A run of the same configuration with nothing broken, made once for all drills that share it.

@@ -20,6 +20,7 @@ class Drill:
 
     `repeats` names the drill that this one repeats with another victim.
     `kind` is the referee's verdict, where it is the referee that finds the fault; `referee` is whether there is one.
+    With two `hosts` it is the link between them that breaks, and nothing is planted in a rank.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Drill:
     fm: str | None = None
     kind: tuple[str, ...] = ()
     referee: bool = True
+    hosts: int = 1
     everywhere: bool = False
     repeats: str | None = None
     says: tuple[str, ...] = ()
