@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 from engine.lifecycle import RankExit, RankState, can_move
-from engine.wire.header import MESH_ACCEPT, SCHEMAS_OF, Action, Header, LinkState, Schema, size_problem
+from engine.wire.header import (
+    LEADER_ACCEPT,
+    MESH_ACCEPT,
+    SCHEMAS_OF,
+    STAGE0_ACCEPT,
+    Action,
+    Header,
+    LinkState,
+    Schema,
+    size_problem,
+)
 from engine.wire.header import Limits as WireLimits
 from tests.verify import run
 
@@ -94,8 +104,12 @@ def test_what_follows_a_header():
             assert not TABLES.holds("HAS_PAYLOAD", action)
 
 
-def test_accept_set_of_the_mesh():
-    assert {action for action in Action if TABLES.holds("MESH_ACCEPTS", action)} == MESH_ACCEPT
+@pytest.mark.parametrize(
+    ("table", "accepted"),
+    [("MESH_ACCEPTS", MESH_ACCEPT), ("LEADER_ACCEPTS", LEADER_ACCEPT), ("STAGE0_ACCEPTS", STAGE0_ACCEPT)],
+)
+def test_every_receiver_accepts_what_its_model_does(table: str, accepted: frozenset[Action]):
+    assert {action for action in Action if TABLES.holds(table, action)} == accepted
 
 
 def test_results_go_to_stage0_and_nowhere_else():
