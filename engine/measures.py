@@ -1,4 +1,9 @@
-"""How much of two stages ran at the same time, from the times of each chunk alone (contract, section 11)."""
+"""How much of two stages ran at the same time, from the times of each chunk alone (contract, section 11).
+
+Section 11 counts `tEmit - tRecv` as the chunk's own. But while chunk k is decoded, Stage 0 makes a later envelope: that
+time (`t_inside_ms`) is `tA1 - tA0` there already. Counted in both, a pipeline that hides nothing would score phase A
+over the shorter stage: `score_nested` is that figure, kept beside; `score`, which is gated, counts it once.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +19,13 @@ GATE = 0.30
 
 @dataclass(frozen=True)
 class Overlap:
-    """`score` is the median of hidden / min(stage0, stage1); the others are medians in milliseconds over `chunks`."""
+    """Medians over `chunks` chunks: of hidden / min(stage0, stage1), and of times in milliseconds."""
 
     score: float
+    score_nested: float
     stage0_ms: float
     stage1_ms: float
+    hidden_ms: float
     period_ms: float
     mesh_idle_ms: float
     chunks: int
@@ -27,20 +34,36 @@ class Overlap:
         return dict(vars(self))
 
 
-def overlap(rows: Sequence[Mapping[str, Any]], warm_up: int = WARM_UP) -> Overlap | None:
-    """The overlap of a run, from rank 0's chunk records; None with fewer than two chunks after the warm-up.
+def stages(row: Mapping[str, Any], emitted_before_ms: float | None) -> dict[str, float | None]:
+    """`stage0_ms`, `stage1_ms` and `hidden_ms` of one chunk; hidden is None where no chunk was emitted before it.
 
-    stage0 = (tA1 - tA0) + (tEmit - tRecv), stage1 = t_b, period = tEmit[k] - tEmit[k-1],
-    hidden = max(0, stage0 + stage1 - period). While chunk k is decoded, Stage 0 makes the next envelope: that time,
-    `t_inside_ms`, lies within tEmit - tRecv of k and is counted with the chunk it was made for, not twice.
+    stage0 = (tA1 - tA0) + (tEmit - tRecv) - t_inside, stage1 = t_b, period = tEmit[k] - tEmit[k-1],
+    hidden = max(0, stage0 + stage1 - period).
     """
+    stage0 = (row["tA1_ms"] - row["tA0_ms"]) + (row["tEmit_ms"] - row["tRecv_ms"]) - row["t_inside_ms"]
+    stage1 = row["t_b_ms"]
+    if emitted_before_ms is None:
+        return {"stage0_ms": stage0, "stage1_ms": stage1, "hidden_ms": None}
+    hidden = max(0.0, stage0 + stage1 - (row["tEmit_ms"] - emitted_before_ms))
+    return {"stage0_ms": stage0, "stage1_ms": stage1, "hidden_ms": hidden}
+
+
+def overlap(rows: Sequence[Mapping[str, Any]], warm_up: int = WARM_UP) -> Overlap | None:
+    """The overlap of a run, from rank 0's chunk records; None without two chunks in a row after the warm-up."""
     values = []
     for before, row in itertools.pairwise(rows[warm_up:]):
-        stage0 = (row["tA1_ms"] - row["tA0_ms"]) + (row["tEmit_ms"] - row["tRecv_ms"] - row["t_inside_ms"])
-        stage1, period = row["t_b_ms"], row["tEmit_ms"] - before["tEmit_ms"]
-        hidden = max(0.0, stage0 + stage1 - period)
-        values.append((hidden / max(min(stage0, stage1), 1e-9), stage0, stage1, period, row["t_mesh_idle_ms"]))
+        if row["chunk_index"] != before["chunk_index"] + 1:
+            continue  # a cut dropped what lay between: the period is not one chunk's
+        found = stages(row, before["tEmit_ms"])
+        stage0, stage1, hidden = (float(found[key] or 0.0) for key in ("stage0_ms", "stage1_ms", "hidden_ms"))
+        period = row["tEmit_ms"] - before["tEmit_ms"]
+        nested0 = stage0 + row["t_inside_ms"]
+        nested = max(0.0, nested0 + stage1 - period) / max(min(nested0, stage1), 1e-9)
+        score = hidden / max(min(stage0, stage1), 1e-9)
+        values.append((score, nested, stage0, stage1, hidden, period, row["t_mesh_idle_ms"]))
     if not values:
         return None
-    score, stage0, stage1, period, idle = (statistics.median(column) for column in zip(*values, strict=True))
-    return Overlap(score, stage0, stage1, period, idle, len(values))
+    score, nested, stage0, stage1, hidden, period, idle = (
+        statistics.median(column) for column in zip(*values, strict=True)
+    )
+    return Overlap(score, nested, stage0, stage1, hidden, period, idle, len(values))

@@ -20,7 +20,7 @@ from engine.comm.topology import Groups
 from engine.errors import EngineError, TripwireError
 from engine.lifecycle import RankExit, RankState
 from engine.materials import Materials
-from engine.measures import overlap
+from engine.measures import overlap, stages
 from engine.overlap import Arrival, Comms
 from engine.plan import ChunkPlan
 from engine.rank import RankContext
@@ -73,7 +73,7 @@ class Pipeline:
         self._emitting = False
         self._repeats = 0
         self._began_s = time.monotonic()
-        self._last_emit_ms = 0.0
+        self._last_emit_ms: float | None = None
         self._pixels: list[torch.Tensor] = []
 
     def run(self) -> None:
@@ -218,7 +218,7 @@ class Pipeline:
             "t_b_ms": result.t_b_ms,
             "t_c_ms": tEmit_ms - tRecv_ms - inside_ms,
             "t_mesh_idle_ms": result.t_mesh_idle_ms,
-            "period_ms": tEmit_ms - self._last_emit_ms,
+            "period_ms": tEmit_ms - (self._last_emit_ms or 0.0),
             "tA0_ms": flight.tA0_ms,
             "tA1_ms": flight.tA1_ms,
             "tArrived_ms": (arrival.arrived_s - self._began_s) * 1e3,
@@ -229,6 +229,7 @@ class Pipeline:
             "d_in": d_in,
             "d_out": d_out,
         }
+        record |= stages(record, self._last_emit_ms)
         self._last_emit_ms = tEmit_ms
         self.context.report.keep(record)
 

@@ -17,7 +17,9 @@ from tpctl.matrix.metrics import metrics
 from tpctl.verdict import Coverage, Verdict, worst
 
 COMMON = [
-    name for name in GATES if name not in ("refused", "cut-repeats", "prompt-changes-output", "account-with-drops")
+    name
+    for name in GATES
+    if name not in ("refused", "cut-repeats", "prompt-changes-output", "account-with-drops", "overlap")
 ]
 
 
@@ -53,6 +55,20 @@ def drop(rank: int):
     return edit
 
 
+OVERLAP = {"score": 0.31, "stage0_ms": 10.0, "stage1_ms": 9.0, "period_ms": 12.0}
+
+
+def set_overlap(score: float = 0.31, d_in: int = 2):
+    """Rank 0's report of a pp run, its queue `d_in` as long as this at chunk 1."""
+
+    def edit(reports):
+        reports[0]["generator"] = {"overlap": OVERLAP | {"score": score}, "d_in": 2, "d_out": 2}
+        for chunk in reports[0]["chunks"]:
+            chunk.update(d_in=d_in if chunk["chunk_index"] == 1 else 0, d_out=2)
+
+    return edit
+
+
 DROPS = {"accepted": 3, "emitted": 2, "dropped": 1, "abandoned": 0}
 ACCOUNT = {"accepted": 3, "emitted": 2, "dropped": 0, "abandoned": 0}
 
@@ -64,6 +80,10 @@ ACCOUNT = {"accepted": 3, "emitted": 2, "dropped": 0, "abandoned": 0}
         ("account-with-drops", set_report(0, account=DROPS | {"dropped": 0}), Verdict.FAIL),
         ("account-with-drops", set_report(0, account=DROPS | {"dropped": 0, "emitted": 3}), Verdict.FAIL),
         ("account-with-drops", set_report(0, account=None), Verdict.UNKNOWN),
+        ("overlap", set_overlap(), Verdict.PASS),
+        ("overlap", set_overlap(score=0.29), Verdict.FAIL),
+        ("overlap", set_overlap(d_in=3), Verdict.FAIL),
+        ("overlap", set_report(0, generator={"overlap": None}), Verdict.UNKNOWN),
         ("exit-codes", set_report(1, exit_code=70), Verdict.FAIL),
         ("exit-codes", set_report(1, exit_code=None), Verdict.UNKNOWN),
         ("exit-codes", drop(1), Verdict.UNKNOWN),

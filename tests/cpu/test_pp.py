@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from engine.config import EngineConfig, from_dict
-from engine.measures import overlap
+from engine.measures import overlap, stages
 from engine.plan import V0
 from tests.support.ranks import Outcome, run_ranks, start_ranks
 
@@ -149,20 +149,30 @@ def test_sigterm_drains_all_ranks(weights_cache: Path, tmp_path: Path) -> None:
     assert account["dropped"] == account["abandoned"] == 0
 
 
+def rows(period: float) -> list[dict[str, float]]:
+    """Two stages of 10 ms; 2 ms of each decode are phase A of the next chunk."""
+    made = []
+    for k in range(8):
+        emit = (k + 1) * period
+        times = {"tA0_ms": emit - 12, "tA1_ms": emit - 10, "tRecv_ms": emit - 10, "tEmit_ms": emit}
+        made.append(times | {"chunk_index": k, "t_inside_ms": 2.0, "t_b_ms": 10.0, "t_mesh_idle_ms": 1.0})
+    return made
+
+
 def test_overlap_counts_hidden_time_once() -> None:
-    """Two stages of 10 ms: in step the period is 20 ms and nothing is hidden; overlapped it is 10 ms, all of it."""
-
-    def rows(period: float) -> list[dict[str, float]]:
-        made = []
-        for k in range(8):
-            emit = (k + 1) * period
-            times = {"tA0_ms": emit - 10, "tA1_ms": emit - 8, "tRecv_ms": emit - 10, "tEmit_ms": emit}
-            made.append(times | {"t_inside_ms": 2.0, "t_b_ms": 10.0, "t_mesh_idle_ms": 1.0})
-        return made
-
+    """In step the period is 20 ms and nothing is hidden; overlapped it is 10 ms, all of it."""
     in_step, overlapped = overlap(rows(20.0)), overlap(rows(10.0))
     assert in_step is not None
     assert overlapped is not None
     assert (in_step.score, in_step.stage0_ms, in_step.period_ms) == (0.0, 10.0, 20.0)
-    assert (overlapped.score, overlapped.chunks) == (1.0, 5)
+    assert in_step.score_nested == pytest.approx(0.2)  # what a serial run would claim, phase A counted twice
+    assert (overlapped.score, overlapped.hidden_ms, overlapped.chunks) == (1.0, 10.0, 5)
     assert overlap(rows(10.0)[:3]) is None
+    assert overlap([row for row in rows(10.0) if row["chunk_index"] % 2]) is None
+
+
+def test_the_stages_of_one_chunk() -> None:
+    row = rows(10.0)[3]
+    assert stages(row, row["tEmit_ms"] - 13) == {"stage0_ms": 10.0, "stage1_ms": 10.0, "hidden_ms": 7.0}
+    assert stages(row, row["tEmit_ms"] - 21)["hidden_ms"] == 0.0
+    assert stages(row, None)["hidden_ms"] is None

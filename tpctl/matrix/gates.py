@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.measures import GATE as OVERLAP_LEAST
 from tpctl.verdict import Finding, Verdict
 
 if TYPE_CHECKING:
@@ -250,6 +251,23 @@ def account_with_drops(seen: Observation) -> Finding:
     ok = balanced and found["dropped"] > 0 and found["emitted"] > 0 and not found["abandoned"]
     words = ", ".join(f"{found[key]} {key}" for key in ("accepted", "emitted", "dropped", "abandoned"))
     return _judge("account-with-drops", ok, words, found["dropped"], "at least 1")
+
+
+@gate("overlap")
+def overlap(seen: Observation) -> Finding:
+    """The score of contract section 11 is high enough, and no queue ever held more than it may."""
+    figures, chunks = seen.leader.get("generator", {}), seen.leader.get("chunks") or []
+    found = figures.get("overlap")
+    if not found:
+        return unknown("overlap", "rank 0 reported no overlap: too few chunks after the warm-up, or not a pp plan")
+    over = [c["chunk_index"] for c in chunks if c["d_in"] > figures["d_in"] or c["d_out"] > figures["d_out"]]
+    score = float(found["score"])
+    words = (
+        f"score {score:.2f}, stage 0 {found['stage0_ms']:.0f} ms, stage 1 {found['stage1_ms']:.0f} ms, "
+        f"period {found['period_ms']:.0f} ms"
+    )
+    words += f"; a queue was too long at chunk {', '.join(map(str, over))}" if over else ""
+    return _judge("overlap", score >= OVERLAP_LEAST and not over, words, score, OVERLAP_LEAST)
 
 
 @gate("leftovers")

@@ -34,8 +34,14 @@ def metrics(seen: Observation, findings: Sequence[Finding]) -> dict[str, Any]:
         }
         for rank, report in sorted(seen.reports.items())
     }
+    overlap = seen.leader.get("generator", {}).get("overlap") or {}
     workers = [row for rank, row in ranks.items() if rank != "0"] or list(ranks.values())
     return {
+        "regime": seen.leader.get("effective", {}).get("regime"),
+        "overlap_score": overlap.get("score"),
+        "stage0_p50_ms": overlap.get("stage0_ms"),
+        "stage1_p50_ms": overlap.get("stage1_ms"),
+        "mesh_idle_p50_ms": overlap.get("mesh_idle_ms"),
         "latents_error": _value(by_gate, "latents-equal"),
         "pixels_error": _value(by_gate, "pixels-equal"),
         "calls_expected": sum(chunk["expected_generator_calls"] for chunk in chunks) if chunks else None,

@@ -17,6 +17,7 @@ COLUMNS = (
     Column("verdict", "verdict"),
     Column("plan", "plan", narrow=False),
     Column("tp", "tp", narrow=False, right=True),
+    Column("regime", "regime", narrow=False),
     Column("rel.err", "latents_error", right=True),
     Column("pixel err", "pixels_error", narrow=False, right=True),
     Column("calls", "calls", narrow=False, right=True),
@@ -31,6 +32,10 @@ COLUMNS = (
     Column("a ms", "t_a_p50_ms", narrow=False, right=True),
     Column("b ms", "t_b_p50_ms", narrow=False, right=True),
     Column("c ms", "t_c_p50_ms", narrow=False, right=True),
+    Column("overlap", "overlap_score", narrow=False, right=True),
+    Column("stage 0 ms", "stage0_p50_ms", narrow=False, right=True),
+    Column("stage 1 ms", "stage1_p50_ms", narrow=False, right=True),
+    Column("idle ms", "mesh_idle_p50_ms", narrow=False, right=True),
     Column("fps", "fps", right=True),
     Column("named ms", "first_failure_ms", narrow=False, right=True),
     Column("gone ms", "gone_ms", narrow=False, right=True),
@@ -67,7 +72,14 @@ def _row(result: CaseResult) -> dict[str, Any]:
 
 
 def note(result: CaseResult) -> str:
-    """A word or two: what failed, or what kind of case it is."""
+    """A word or two: what failed, or what kind of case it is. Regime R0, another video than R0a, is always named."""
+    words = _note(result)
+    if result.metrics.get("regime") != "R0":
+        return words
+    return f"R0: anchors from latents{', ' + words if words else ''}"
+
+
+def _note(result: CaseResult) -> str:
     bad = [finding.id for finding in result.findings if finding.verdict not in (Verdict.PASS, Verdict.SKIP)]
     if bad:
         return bad[0] + (f" +{len(bad) - 1}" if len(bad) > 1 else "")
@@ -79,6 +91,9 @@ def note(result: CaseResult) -> str:
         figures = result.metrics
         gone = f", gone in {figures['gone_ms']:.0f} ms" if figures.get("gone_ms") is not None else ""
         return f"{figures.get('code') or ''} {figures.get('fm') or ''}".strip() + gone
+    score = result.metrics.get("overlap_score")
+    if score is not None:
+        return f"overlap {score:.2f}"
     return ""
 
 
