@@ -16,6 +16,7 @@ from engine.lifecycle import RankState
 from engine.referee.hosts import Hosts
 from engine.referee.joint import Caution, Remote, Waits, join, parted, seen, silence
 from engine.referee.judge import Kind, Verdict, judge
+from engine.referee.parent import Parent
 from engine.referee.record import NAME, Record
 from engine.referee.snapshot import Life, Seat, Snapshot
 from engine.referee.summary import Summary
@@ -50,6 +51,7 @@ class Referee:
         record: where the verdict is written.
         hosts: the other hosts of the job, if it has any.
         lost_s: how long a host may be silent while a local rank waits for it.
+        parent: whoever started the referee; if not given, the process that is its parent now.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Referee:
         hosts: Hosts | None = None,
         poll_ms: int = POLL_MS,
         lost_s: float = STORE_LOST_S,
+        parent: Parent | None = None,
     ) -> None:
         self.record = record
         self.watch = watch
@@ -66,7 +69,8 @@ class Referee:
         self.poll_ms = poll_ms
         self.told_to_leave = False
         self._lost_ns = int(lost_s * 1e9)
-        self._parent = os.getppid()
+        self._parent = parent
+        self._adopter = os.getppid()
         self._said: set[str] = set()
         self._looks = 0
         self._joined_ns = 0
@@ -185,7 +189,8 @@ class Referee:
     def _abandoned(self, local: Snapshot) -> bool:
         """Whoever started the referee is gone, and no rank is left to watch."""
         alive = any(seat.life is not Life.GONE for seat in local.seats.values())
-        return os.getppid() != self._parent and not alive
+        gone = self._parent.gone if self._parent is not None else os.getppid() != self._adopter
+        return gone and not alive
 
     def _carry_out(self, verdict: Verdict, told_by: str | None, snapshot: Snapshot) -> Verdict:
         hosts = {rank: remote.summary.host for remote in self._known() for rank in remote.summary.ranks}
@@ -241,6 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--attempt", type=int, default=0)
     parser.add_argument("--store-lost-s", type=float, default=STORE_LOST_S, help="how long a host may be silent")
     parser.add_argument("--record", type=Path, help="where the verdict is written; RUN_DIR/referee.json by default")
+    parser.add_argument("--parent", metavar="PID:TICKS", help="without whom, and without ranks, the referee ends")
     parser.add_argument("--poll-ms", type=int, default=POLL_MS)
     options = parser.parse_args(argv)
     try:
@@ -253,9 +259,13 @@ def main(argv: list[str] | None = None) -> int:
         hosts = Hosts(options.store, options.job, options.attempt) if options.store else None
     except ValueError:
         parser.error("--store must be HOST:PORT")
+    try:
+        parent = Parent.parse(options.parent) if options.parent else None
+    except ValueError:
+        parser.error("--parent must be PID:TICKS")
     watch = Watch(options.run_dir, ranks, local=options.local, carrying=options.carrying, keep=hosts is not None)
     referee = Referee(
-        watch, options.record or options.run_dir / NAME, hosts, options.poll_ms, lost_s=options.store_lost_s
+        watch, options.record or options.run_dir / NAME, hosts, options.poll_ms, options.store_lost_s, parent
     )
 
     def leave(*_: object) -> None:

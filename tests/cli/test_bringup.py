@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Event
 
 import jsonschema
 import pytest
 
 from tests.cli.conftest import validated
-from tests.cli.test_launch import survivors
+from tests.cli.test_launch import gone, survivors
 from tpctl.commands.schema import load_schema
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,3 +127,29 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing(tmp_path, signum):
     assert data["verdict"] == "UNCHECKED"
     assert data["coverage"]["checked"] == 0
     assert survivors(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_bring_up_that_is_killed_leaves_nothing_behind(tmp_path):
+    matrix = f"""
+[defaults]
+chunks = 100000
+config = {{ "sink.kinds" = ["null"] }}
+{PROMPT}{GATES}
+[[case]]
+id = "long"
+plan = "v0"
+tp = 2
+"""
+    process = start(tmp_path, "--matrix", "m.toml", "--run-dir", str(tmp_path / "run"), matrix=matrix)
+    records, nap = tmp_path / "run" / "long" / "ranks" / "rank0.chunks.jsonl", Event()
+    end = time.monotonic() + 120
+    while not records.exists() or records.read_text().count("\n") < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "no chunk"
+        nap.wait(0.05)
+    process.kill()
+    process.communicate(timeout=60)
+    assert gone(tmp_path, 60) == []
+    account = json.loads((records.parent / "rank0.json").read_text())["account"]
+    assert account["accepted"] == account["emitted"] >= 2

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,3 +114,38 @@ def test_configuration_variables_do_not_reach_ranks():
     assert name not in found
     assert found["NCCL_DEBUG"] == "INFO"
     assert found["HF_HUB_OFFLINE"] == "1"
+
+
+def gone(path: Path, within_s: float) -> list[str]:
+    """What still names the path after so long; there is no event to wait for of processes that are not ours."""
+    end, nap = time.monotonic() + within_s, threading.Event()
+    while (left := survivors(path)) and time.monotonic() < end:
+        nap.wait(0.05)
+    return left
+
+
+# Ends itself before its referee has loaded, as a killed test run does: the referee never sees who started it.
+HASTY = """
+import os, signal, sys
+from pathlib import Path
+from tpctl.launch.referee import watching
+here = Path(sys.argv[1])
+with (here / "log").open("wb") as log, watching(here, here / "verdict.json", ["--ranks", "0,1"], log, {}):
+    print("started", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_referee_ends_whose_launcher_was_killed_before_it_looked(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", HASTY, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.stdout == "started\n"
+    assert gone(tmp_path, 30) == []

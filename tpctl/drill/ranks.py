@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.referee.parent import named
 from tpctl.errors import LaunchError
 from tpctl.launch.environment import rank_environment
 
@@ -148,7 +149,7 @@ class Nursery:
         self._ask(
             {
                 "rank": REFEREE,
-                "argv": ["--run-dir", str(run_dir), "--ranks", ranks],
+                "argv": ["--run-dir", str(run_dir), "--ranks", ranks, "--parent", named(self._process.pid)],
                 "environ": rank_environment(),
                 "stderr": str(run_dir / "referee.log"),
             }

@@ -153,7 +153,7 @@ def referee(spec: LaunchSpec, tag: str, log: IO[bytes]) -> contextlib.AbstractCo
     else:
         which = ["--local", str(spec.nproc), "--carrying", f"{TAG}={tag}"]
         which += ["--store", spec.rdzv_endpoint, "--job", spec.rdzv_id]
-    return watching(spec.ranks_dir or spec.run_dir, verdict, which, log)
+    return watching(spec.ranks_dir or spec.run_dir, verdict, which, log, {TAG: tag})
 
 
 def check_endpoint(endpoint: str, nnodes: int = 1, node_rank: int = 0) -> None:

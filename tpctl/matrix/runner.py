@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 
 from engine.config import EngineConfig, from_dict
 from engine.errors import ConfigError
+from engine.referee.parent import named
 from tpctl.drill import table as drilltable
 from tpctl.drill.ranks import Nursery
 from tpctl.drill.runner import DrillRunner
@@ -152,7 +154,11 @@ class Runner:
                 local.LaunchSpec(
                     nproc=config.world_size,
                     run_dir=directory,
-                    arguments=("--config", str(config_path), "--run-dir", str(directory)),
+                    # A bring-up that is killed takes its ranks along.
+                    arguments=(
+                        *("--config", str(config_path), "--run-dir", str(directory)),
+                        *("--supervisor", named(os.getpid())),
+                    ),
                     deadline_s=case.deadline_s,
                     module=self.module,
                     rdzv_endpoint=self.endpoint,
