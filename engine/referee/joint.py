@@ -190,14 +190,12 @@ def parted(local: Snapshot, remotes: Iterable[Remote], unanswered_ns: int, endpo
     """
     ended = [seat for seat in local.seats.values() if seat.life is Life.GONE or seat.ending is not None]
     codes = {seat.ending.exit_code if seat.ending is not None else None for seat in ended}
-    if not codes & WAITED or not codes <= WAITED | VICTIMS:
+    # A send whose budget is over ends as a lost transport, a wait as an orphan: both name the budget.
+    waited = [seat for seat in ended if _budget_s(seat)]
+    if not waited or not codes <= WAITED | VICTIMS:
         return None
-    seat = min(
-        (seat for seat in ended if seat.ending is not None and seat.ending.exit_code in WAITED),
-        key=lambda each: each.ended_ns,
-    )
-    error = (seat.ending.error if seat.ending is not None else None) or {}
-    budget_s = float((error.get("evidence") or {}).get("budget_s", 0.0))
+    seat = min(waited, key=lambda each: each.ended_ns)
+    budget_s = _budget_s(seat)
     since_ns = max(int(MOST_OF * budget_s * 1e9), PARTED_NS) + local.t_ns - seat.ended_ns
     quiet = [remote for remote in remotes if remote.quiet_ns >= since_ns and not remote.summary.leaving]
     if unanswered_ns >= since_ns:
@@ -215,6 +213,13 @@ def parted(local: Snapshot, remotes: Iterable[Remote], unanswered_ns: int, endpo
         f"{what}: the link is lost, or that host; here {message}",
         seat.ended_ns,
     )
+
+
+def _budget_s(seat: Seat) -> float:
+    """The budget that a rank says it ended by; 0 if it ended otherwise."""
+    error = (seat.ending.error if seat.ending is not None else None) or {}
+    budget = (error.get("evidence") or {}).get("budget_s", 0.0)
+    return float(budget) if isinstance(budget, int | float) else 0.0
 
 
 def seen(remotes: Iterable[Remote]) -> Mapping[int, int]:
