@@ -163,6 +163,18 @@ def test_a_cut_link_ends_both_hosts_and_is_named_by_both(nursery: Nursery, base:
     assert result.to_dict()["fm"] == "FM-40"
 
 
+@pytest.mark.skipif(twohosts.why_not() is not None, reason="no network namespaces")
+def test_launchers_leave_without_each_other_where_the_link_stays_cut(
+    nursery: Nursery, base: EngineConfig, tmp_path: Path
+) -> None:
+    """torch's own launcher would wait a minute for the store of the other host."""
+    config, _ = DrillRunner(nursery, base, tmp_path).write_config(DRILLS["OM-27"], tmp_path / "cut", broken=False)
+    over = twohosts.run(tmp_path / "cut", config, 20.0, at_chunk=2, guarded=True, heal=False)
+    assert not over.ended.timed_out
+    assert all(outcome["returncode"] and not outcome["immortal"] for outcome in over.outcomes.values())
+    assert "waits for other hosts: ended" in (tmp_path / "cut" / "host1" / "launcher.log").read_text()
+
+
 def test_no_namespaces_is_a_skip_that_says_why(
     nursery: Nursery, base: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,8 @@
 """`python -m tpctl.drill.host`: one host of a drill over two, in the network namespace that it was started in.
 
 Its standard input brings the launch, one JSON object on the first line, and then `cut` and `heal`; the end of the input
-ends the launch. Its standard output has one JSON object a line: `{"ready": true}` when the link is up, and at the end
-`{"outcome": {...}}`.
+ends the launch. Its standard output has one JSON object a line: `{"born": true}` at once, `{"ready": true}` when the
+link is up, and at the end `{"outcome": {...}}`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Link:
 
 
 def main() -> int:
+    print(json.dumps({"born": True}), flush=True)
     wanted: dict[str, Any] = json.loads(sys.stdin.readline())
     link = Link(wanted["address"])
     deserted = threading.Event()

@@ -93,9 +93,10 @@ class Host:
             return answer
         raise LaunchError("a host of the drill does not answer; see hosts.log", code="TP-7108")
 
-    def has_answer(self) -> bool:
+    def fileno(self) -> int:
+        """Readable when there is an answer, so that hosts can be waited for together."""
         assert self._process.stdout is not None
-        return bool(select.select([self._process.stdout], [], [], 0)[0])
+        return self._process.stdout.fileno()
 
     def end(self) -> None:
         """The end of its input is its order to end what it launched."""
@@ -119,7 +120,9 @@ def two_hosts(directory: Path) -> Iterator[tuple[Host, ...]]:
         for _ in range(HOSTS):
             hosts.append(Host(log))
             stack.callback(hosts[-1].end)
-        first, second = (_namespace(host.pid) for host in hosts)
+        for host in hosts:
+            host.answer(ANSWER_S)  # it runs, so it is in its namespace
+        first, second = (str(host.pid) for host in hosts)
         command = ["ip", "link", "add", LINK, "netns", first, "type", "veth", "peer", "name", LINK, "netns", second]
         made = subprocess.run(command, capture_output=True, text=True, check=False)
         if made.returncode:
@@ -127,9 +130,10 @@ def two_hosts(directory: Path) -> Iterator[tuple[Host, ...]]:
         yield tuple(hosts)
 
 
-def run(directory: Path, config: Path, deadline_s: float, *, at_chunk: int, guarded: bool) -> Over:
+def run(directory: Path, config: Path, deadline_s: float, *, at_chunk: int, guarded: bool, heal: bool = True) -> Over:
     """Launch one rank a host, cut the link once every rank has made `at_chunk` chunks, heal it when all ranks are gone.
 
+    Not healed, the launchers too have to leave without each other.
     Without guard nothing is healed: what still lives at the deadline shows that it would have lived on.
     """
     over = Over()
@@ -150,8 +154,9 @@ def run(directory: Path, config: Path, deadline_s: float, *, at_chunk: int, guar
                 os.close(pidfd)
         if over.ended.timed_out:
             return over
-        hosts[0].ask("heal")
-        hosts[0].answer(ANSWER_S)
+        if heal:
+            hosts[0].ask("heal")
+            hosts[0].answer(ANSWER_S)
         for number, host in enumerate(hosts):
             over.outcomes[number] = host.answer(LEAVE_S)["outcome"]
         over.left_ms = round((time.monotonic_ns() - over.cut_ns) / 1e6, 1)
@@ -199,20 +204,11 @@ def _order(directory: Path, config: Path, number: int, guarded: bool) -> dict[st
     }
 
 
-def _namespace(pid: int) -> str:
-    """The process, as soon as it has left our namespace."""
-    ours, deadline = os.stat("/proc/self/ns/net").st_ino, time.monotonic() + ANSWER_S
-    while os.stat(f"/proc/{pid}/ns/net").st_ino == ours:
-        if time.monotonic() > deadline:
-            raise LaunchError("a host of the drill does not start; see hosts.log", code="TP-7108")
-        time.sleep(POLL_S)
-    return str(pid)
-
-
 def _wait_for(directory: Path, at_chunk: int, hosts: tuple[Host, ...]) -> dict[int, int]:
     """Process ids by rank, once each rank's box shows a chunk of this number or later."""
     deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and not any(host.has_answer() for host in hosts):
+    # A box cannot be waited for, so it is looked at again and again; a host that has something to say then has ended.
+    while time.monotonic() < deadline and not select.select(hosts, [], [], POLL_S)[0]:
         pids = {}
         for rank in range(HOSTS):
             with contextlib.suppress(BlackBoxError, OSError):
@@ -221,7 +217,6 @@ def _wait_for(directory: Path, at_chunk: int, hosts: tuple[Host, ...]) -> dict[i
                     pids[rank] = box.pid
         if len(pids) == HOSTS:
             return pids
-        time.sleep(POLL_S)
     raise LaunchError("the job over two hosts did not start; see its launchers' logs", code="TP-7108")
 
 
