@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from threading import Event
+from urllib.parse import unquote
 
 import jsonschema
 import pytest
 
 from tests.cli.conftest import validated
+from tests.cli.test_html import fetched
 from tests.cli.test_launch import gone, survivors
 from tpctl.commands.schema import load_schema
 
@@ -53,7 +56,7 @@ plan = "v1.1c"
 tp = 2
 reference = "ref"
 """
-    process = start(tmp_path, "--matrix", "m.toml", "--junit", "j.xml", matrix=matrix)
+    process = start(tmp_path, "--matrix", "m.toml", "--junit", "j.xml", "--html", "r.html", matrix=matrix)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     data = validated(out)
@@ -66,6 +69,12 @@ reference = "ref"
     run = tmp_path / "run"
     assert json.loads((run / "result.json").read_text()) == data
     assert "<testsuite " in (tmp_path / "j.xml").read_text()
+    page = (tmp_path / "r.html").read_text()
+    assert "2 PASS" in page
+    assert not fetched(page)
+    linked = [unquote(url) for url in re.findall(r'href="([^#"]+)"', page)]
+    assert "run/c/ranks/rank1.json" in linked
+    assert all((tmp_path / url).is_file() for url in linked)
     for path in sorted(run.glob("*/ranks/rank*.json")):
         jsonschema.Draft202012Validator(load_schema("rank-report")).validate(json.loads(path.read_text()))
     assert "[2/2] PASS" in err

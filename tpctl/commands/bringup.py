@@ -18,6 +18,7 @@ from tpctl.launch.local import check_endpoint
 from tpctl.matrix import baseline as baselines
 from tpctl.matrix import report
 from tpctl.matrix.cases import Matrix, builtin, load_matrix
+from tpctl.matrix.html import render
 from tpctl.matrix.progress import watcher
 from tpctl.matrix.runner import CaseResult, Runner, make_assets
 from tpctl.output import Column, Envelope, Output, Table, to_json
@@ -29,7 +30,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @options.command(
     app,
     epilog="Examples: tpctl bringup | tpctl bringup --list | tpctl bringup --level 1 -o json | "
-    "tpctl bringup --case v1.1c-tp2 -o wide | tpctl bringup --junit bringup.xml --baseline runs/LAST",
+    "tpctl bringup --case v1.1c-tp2 -o wide | tpctl bringup --junit bringup.xml --baseline runs/LAST | "
+    "tpctl bringup --level 1 --html bringup.html",
 )
 def bringup(
     out: Output,
@@ -49,6 +51,7 @@ def bringup(
         str, typer.Option("--rdzv-endpoint", help="Where ranks meet; port 0 takes a free one.", metavar="HOST:PORT")
     ] = "localhost:0",
     junit: Annotated[Path | None, typer.Option("--junit", help="Also write JUnit XML.", metavar="FILE")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write one HTML page.", metavar="FILE")] = None,
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="Compare with a run directory, file or name.", metavar="RUN")
     ] = None,
@@ -68,8 +71,9 @@ def bringup(
     base = given.resolve().config
     base = replace(base, plan=replace(base.plan, tp=1))
     reference = baselines.read(baseline) if baseline else None
-    if junit is not None and not junit.resolve().parent.is_dir():
-        raise CliError(f"cannot write {junit}: its directory does not exist", next_step=f"mkdir -p {junit.parent}")
+    for path in (junit, html):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise CliError(f"cannot write {path}: its directory does not exist", next_step=f"mkdir -p {path.parent}")
     directory = new_run_dir(run_dir)
     out.say(f"run directory: {directory}")
     if any(item.kind == "drill" or (item.kind == "run" and item.expect == "pass") for item in chosen.cases):
@@ -83,6 +87,9 @@ def bringup(
     (directory / "result.json").write_text(to_json(envelope.to_dict(), indent=2) + "\n", encoding="utf-8")
     if junit is not None:
         report.write_junit(results, junit, f"tpctl bringup: {chosen.title}")
+    if html is not None:
+        html.write_text(render(envelope.to_dict(), html), encoding="utf-8")
+        out.say(f"wrote {html}")
     if save_baseline:
         kept = baselines.save(save_baseline, envelope.data["cases"])
         out.say(f"saved the baseline {kept}")
