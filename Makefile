@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup bringup test check bench format clean help
+.PHONY: setup bringup test check bench docs format clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -40,6 +40,9 @@ bench: setup  ## print the ratios of benchmarks/ and write benchmarks/results.js
 .PHONY: verify
 verify:  ## check the models of the protocol with spin: no hang, nothing stale, no double advance
 	$(PYTHON) tests/verify/run.py
+
+docs: setup  ## write the generated pages of docs/
+	$(BIN)/python -m tests.docs.generate
 
 format: setup  ## rewrite the code in the house format
 	$(BIN)/ruff format .
