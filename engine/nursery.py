@@ -4,6 +4,7 @@ For drills, whose subject is how a job ends, not how it starts. One JSON object 
 `{"rank", "argv", "environ", "stderr"}`; the rank `"referee"` is the host's referee. On stdout `{"event": "ready"}`,
 then for each rank `{"event": "started", "rank", "pid"}` and `{"event": "ended", "rank", "pid", "code", "t_ns"}`
 (monotonic; a signal reads negative, as with `subprocess`). When stdin ends, every rank that is left is killed.
+With `--bare` the libraries of Stage 0 are left out: the ranks are generator-only workers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ REFEREE = "referee"
 
 def main() -> int:
     """Serve until stdin ends."""
-    _preload()
+    _preload(bare="--bare" in sys.argv[1:])
     _say({"event": "ready"})
     selector = selectors.DefaultSelector()
     selector.register(0, selectors.EVENT_READ)
@@ -81,17 +82,21 @@ def _become_rank(wanted: dict[str, Any]) -> NoReturn:
         os._exit(code)
 
 
-def _preload() -> None:
+def _preload(*, bare: bool) -> None:
     """Whatever any rank imports, from disk once. No thread may run when ranks are forked: none is started here."""
-    from diffusers import AutoencoderKLWan
-    from transformers import AutoTokenizer, UMT5EncoderModel
-
-    from engine import leader, materials, worker
-    from engine.codecs import text, vae
+    from engine import worker
     from engine.referee import __main__ as referee
-    from engine.sinks import raw
 
-    assert all((AutoencoderKLWan, AutoTokenizer, UMT5EncoderModel, leader, materials, referee, worker, text, vae, raw))
+    assert all((worker, referee))
+    if not bare:
+        from diffusers import AutoencoderKLWan
+        from transformers import AutoTokenizer, UMT5EncoderModel
+
+        from engine import leader, materials, pipeline
+        from engine.codecs import text, vae
+        from engine.sinks import raw
+
+        assert all((AutoencoderKLWan, AutoTokenizer, UMT5EncoderModel, leader, materials, pipeline, text, vae, raw))
     gc.collect()
     gc.freeze()  # the collector would otherwise touch, and so copy, every page in every rank
 

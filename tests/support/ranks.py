@@ -20,8 +20,11 @@ import tomli_w
 
 from engine.blackbox import BlackBoxError, Commitment, read
 from engine.config import EngineConfig
+from engine.plan import PP_PLANS, V1
+from tests.support.forge import Forked, forge
 
 DEADLINE_S = 120.0
+WORKER = ("-m", "engine.worker")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def free_port() -> int:
 class Job:
     """Ranks that run now. `end` waits for all of them; leaving the `with` block kills what is left."""
 
-    def __init__(self, run_dir: Path, processes: dict[int, subprocess.Popen[bytes]]) -> None:
+    def __init__(self, run_dir: Path, processes: dict[int, subprocess.Popen[bytes] | Forked]) -> None:
         self.run_dir = run_dir
         self.processes = processes
 
@@ -111,12 +114,15 @@ def start_ranks(
     configs: dict[int, EngineConfig] | None = None,
     environ: dict[int, dict[str, str]] | None = None,
     port: int | None = None,
-    entry: Sequence[str] = ("-m", "engine.worker"),
+    entry: Sequence[str] = WORKER,
+    fresh: bool = False,
 ) -> Iterator[Job]:
     """Start `ranks` (default: all). `configs` and `environ` give single ranks another configuration or variables.
 
-    `entry` is what the interpreter is told to run; a test may wrap the worker.
+    `entry` is what the interpreter is told to run; a test may wrap the worker. Ranks are forked from a process that has
+    imported everything, unless they are `fresh`, have variables of their own or another entry.
     """
+    fresh = fresh or environ is not None or tuple(entry) != WORKER
     world_size = world_size or config.world_size
     port = port or free_port()
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -124,7 +130,9 @@ def start_ranks(
     try:
         for rank in ranks if ranks is not None else range(world_size):
             path = run_dir / f"config{rank}.toml"
-            path.write_text(tomli_w.dumps((configs or {}).get(rank, config).to_dict()))
+            own = (configs or {}).get(rank, config)
+            path.write_text(tomli_w.dumps(own.to_dict()))
+            arguments = ["--config", str(path), "--run-dir", str(run_dir)]
             environment = os.environ | {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
@@ -133,9 +141,14 @@ def start_ranks(
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
             }
-            with (run_dir / f"stderr{rank}.log").open("wb") as log:
+            stderr = run_dir / f"stderr{rank}.log"
+            if not fresh:
+                bare = own.plan.tp_plan in (V1, *PP_PLANS) and rank != 0
+                job.processes[rank] = forge(bare=bare).fork(arguments, environment, stderr)
+                continue
+            with stderr.open("wb") as log:
                 job.processes[rank] = subprocess.Popen(
-                    [sys.executable, *entry, "--config", str(path), "--run-dir", str(run_dir)],
+                    [sys.executable, *entry, *arguments],
                     env=environment | (environ or {}).get(rank, {}),
                     stdout=subprocess.DEVNULL,
                     stderr=log,
