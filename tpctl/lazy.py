@@ -27,6 +27,7 @@ COMMANDS: tuple[tuple[str, str, str], ...] = (
     ("drain", "tpctl.commands.drain", "End a job without loss: finish what is in flight, account for all of it."),
     ("abort", "tpctl.commands.abort", "End a job now, and say what was lost."),
     ("restart", "tpctl.commands.restart", "Drain a job and start it again, as it was configured."),
+    ("plan", "tpctl.commands.plan", "Before a launch: will it fit, will it divide, what will bind, how fast."),
     ("parity-check", "tpctl.commands.parity", "Compare configuration, environment and versions over ranks or hosts."),
     ("kv-audit", "tpctl.commands.kvaudit", "Compare the cache history of all ranks, live or from records."),
     ("triage", "tpctl.commands.triage", "Who began it: the first divergence of a run, apart from its victims."),

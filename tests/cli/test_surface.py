@@ -130,7 +130,16 @@ def _examples(command: list[str], cli) -> list[str]:
 
 @pytest.mark.parametrize(
     "command",
-    [["env"], ["schema"], ["help"], ["config", "init"], ["config", "show"], ["config", "check"], ["parity-check"]],
+    [
+        ["env"],
+        ["schema"],
+        ["help"],
+        ["plan"],
+        ["config", "init"],
+        ["config", "show"],
+        ["config", "check"],
+        ["parity-check"],
+    ],
 )
 def test_examples_that_need_no_engine_run(command, cli, tmp_path):
     (tmp_path / "prod.toml").write_text("[run]\nchunks = 5\n")
