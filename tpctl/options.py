@@ -19,6 +19,7 @@ import typer
 
 from engine.config import Loaded, dotted_keys, load
 from engine.errors import ConfigError
+from tpctl import complete
 from tpctl.output import Format, Output
 
 OutputOption = Annotated[Format, typer.Option("-o", "--output", help="How to print the result.")]
@@ -30,9 +31,14 @@ ConfigOption = Annotated[
     Path | None, typer.Option("-c", "--config", help="Configuration file, in place of ./tpctl.toml.", metavar="FILE")
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Set one value; repeatable.", metavar="SECTION.KEY=VALUE")
+    list[str] | None,
+    typer.Option(
+        "--set", help="Set one value; repeatable.", metavar="SECTION.KEY=VALUE", autocompletion=complete.config_keys
+    ),
 ]
-JobArgument = Annotated[str, typer.Argument(help="A job's name; tpctl ps lists them.", metavar="JOB")]
+JobArgument = Annotated[
+    str, typer.Argument(help="A job's name; tpctl ps lists them.", metavar="JOB", autocompletion=complete.jobs)
+]
 
 PROJECT_FILE = "tpctl.toml"
 

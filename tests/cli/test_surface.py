@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -213,3 +214,31 @@ def test_a_bug_has_its_own_exit_code_and_no_traceback(cli, monkeypatch):
     assert "--debug" in plain.stderr
     assert validated(plain.stdout)["data"]["error"]["code"] == "TP-7000"
     assert "Traceback" in cli("env", "--debug").stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("tpctl drill OM-21.m", {"OM-21.magic", "OM-21.meta"}),
+        ("tpctl status ni", {"night", "nine"}),
+        ("tpctl drain nig", {"night"}),
+        ("tpctl bringup --case pp0-r1", {"pp0-r1"}),
+        ("tpctl schema drill", {"drill", "drill-list"}),
+        ("tpctl config check --set plan.t", {"plan.tp=", "plan.tp_plan="}),
+        ("tpctl tri", {"triage"}),
+    ],
+)
+def test_a_shell_completes_ids_without_torch(typed, offered, tmp_path):
+    for name in ("night", "nine", "other"):
+        (tmp_path / "jobs" / name).mkdir(parents=True)
+    environ = os.environ | {
+        "_TPCTL_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(len(typed.split()) - 1),
+        "TPCTL_STATE_DIR": str(tmp_path),
+    }
+    program = "import sys; sys.modules['torch'] = None; from tpctl.app import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert set(done.stdout.split()) == offered, done.stderr

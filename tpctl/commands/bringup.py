@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.config import EngineConfig
-from tpctl import options
+from tpctl import complete, options
 from tpctl.errors import CliError
 from tpctl.exitcodes import ExitCode, for_verdict
 from tpctl.launch.local import check_endpoint
@@ -41,7 +41,13 @@ def bringup(
         Path | None, typer.Option("--matrix", help="A matrix file, in place of a level.", metavar="FILE")
     ] = None,
     case: Annotated[
-        list[str] | None, typer.Option("--case", help="Only this case, and those it needs; repeatable.", metavar="ID")
+        list[str] | None,
+        typer.Option(
+            "--case",
+            help="Only this case, and those it needs; repeatable.",
+            metavar="ID",
+            autocompletion=complete.cases,
+        ),
     ] = None,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first case that is not healthy.")] = False,
     run_dir: Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tpctl import options
+from tpctl import complete, options
 from tpctl.commands.bringup import new_run_dir
 from tpctl.drill import table
 from tpctl.drill.judge import Result
@@ -32,7 +32,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 def drill(
     out: Output,
     given: options.Given,
-    ids: Annotated[list[str] | None, typer.Argument(help="Drills; OM-21 takes all its variants. None: all.")] = None,
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(help="Drills; OM-21 takes all its variants. None: all.", autocompletion=complete.drills),
+    ] = None,
     without_guard: Annotated[
         bool, typer.Option("--without-guard", help="The proof run: the guard is off, and the drill must fail.")
     ] = False,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tpctl import options
+from tpctl import complete, options
 from tpctl.errors import CliError
 from tpctl.output import Column, Envelope, Format, Output, Table, to_json, to_yaml
 from tpctl.verdict import Verdict
@@ -37,7 +37,9 @@ def load_schema(name: str) -> dict[str, Any]:
 @options.command(app, epilog="Examples: tpctl schema | tpctl schema bringup | tpctl schema env -o yaml")
 def schema(
     out: Output,
-    name: Annotated[str | None, typer.Argument(help="The schema; without one, the list.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="The schema; without one, the list.", autocompletion=complete.schemas)
+    ] = None,
 ) -> None:
     """Print the JSON Schema (2020-12) of a command's output or of a file. The schema itself is bare, not enveloped."""
     if name is not None:
