@@ -86,12 +86,26 @@ def _preload() -> None:
     from diffusers import AutoencoderKLWan
     from transformers import AutoTokenizer, UMT5EncoderModel
 
-    from engine import leader, materials, worker
+    from engine import leader, materials, pipeline, worker
     from engine.codecs import text, vae
     from engine.referee import __main__ as referee
     from engine.sinks import raw
 
-    assert all((AutoencoderKLWan, AutoTokenizer, UMT5EncoderModel, leader, materials, referee, worker, text, vae, raw))
+    assert all(
+        (
+            AutoencoderKLWan,
+            AutoTokenizer,
+            UMT5EncoderModel,
+            leader,
+            materials,
+            referee,
+            pipeline,
+            worker,
+            text,
+            vae,
+            raw,
+        )
+    )
     gc.collect()
     gc.freeze()  # the collector would otherwise touch, and so copy, every page in every rank
 
