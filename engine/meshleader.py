@@ -15,7 +15,7 @@ from engine.comm.group import Phase
 from engine.comm.p2p import LeaderEnd
 from engine.comm.pair import Pair
 from engine.comm.transport import BroadcastLink, Received
-from engine.errors import EngineError
+from engine.errors import EngineError, PreflightError
 from engine.lifecycle import RankExit, RankState
 from engine.rank import RankContext
 from engine.record import Clock, chunk_record
@@ -68,6 +68,8 @@ class MeshLeader:
                 else:
                     self._serve(received.envelope, received.header.call_id)
         except BaseException as error:
+            if isinstance(error, PreflightError) and error.fm is None:
+                error.fm = "FM-23"  # an envelope that came well, and cannot be passed on
             self._dismiss(error)
             raise
 

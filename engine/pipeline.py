@@ -34,23 +34,6 @@ from engine.wire.header import Limits
 from engine.wire.result import Result
 
 
-def run_stage0(context: RankContext, groups: Groups, materials: Materials, device: str) -> None:
-    """Rank 0 of a pp plan, from its first envelope to SHUTDOWN. Raises what ends the stream early."""
-    config = context.config
-    if groups.pp is None:
-        raise EngineError(f"plan {config.plan.tp_plan} has no pp_pg", exit_code=int(RankExit.BAD_CONFIG))
-    link = Stage0End(
-        groups.pp,
-        Limits.of(config),
-        Shapes.of(config),
-        config.plan.tp_plan,
-        context.blackbox,
-        device.startswith("cuda"),
-    )
-    comms = Comms(link, config.pipeline, config.liveness, context.watchdog, CommStream(device), context.leave_now)
-    Pipeline(context, comms, materials).run()
-
-
 @dataclass(frozen=True)
 class Flight:
     """A chunk on its way to the mesh and back. Times in milliseconds since the loop began."""
@@ -62,7 +45,7 @@ class Flight:
 
 
 class Pipeline:
-    """Stage 0's side of the pipeline."""
+    """Rank 0 of a pp plan, from its first envelope to SHUTDOWN."""
 
     def __init__(self, context: RankContext, comms: Comms, materials: Materials) -> None:
         self.context = context
@@ -75,6 +58,23 @@ class Pipeline:
         self._began_s = time.monotonic()
         self._last_emit_ms: float | None = None
         self._pixels: list[torch.Tensor] = []
+
+    @classmethod
+    def of(cls, context: RankContext, groups: Groups, materials: Materials, device: str) -> Pipeline:
+        """With its comms thread, and that thread's end of the pp link. Raises EngineError: the plan has none."""
+        config = context.config
+        if groups.pp is None:
+            raise EngineError(f"plan {config.plan.tp_plan} has no pp_pg", exit_code=int(RankExit.BAD_CONFIG))
+        link = Stage0End(
+            groups.pp,
+            Limits.of(config),
+            Shapes.of(config),
+            config.plan.tp_plan,
+            context.blackbox,
+            device.startswith("cuda"),
+        )
+        comms = Comms(link, config.pipeline, config.liveness, context.watchdog, CommStream(device), context.leave_now)
+        return cls(context, comms, materials)
 
     def run(self) -> None:
         """Make the run's chunks until the timeline's end or a drain. Raises what ends the stream early."""

@@ -38,6 +38,7 @@ from engine.control import ControlSocket, SteeredTimeline, Steering
 from engine.drain import Supervisor
 from engine.errors import CommError, EngineError
 from engine.evidence import Evidence
+from engine.faults import Parts
 from engine.follower import follow
 from engine.lifecycle import RankExit, RankState
 from engine.meshleader import MeshLeader
@@ -138,14 +139,19 @@ class Worker:
         if stage1 is None:
             if materials is None:
                 raise EngineError("rank 0 always holds Stage 0's parts", exit_code=int(RankExit.BAD_CONFIG))
-            from engine.pipeline import run_stage0
+            from engine.pipeline import Pipeline
 
-            run_stage0(self.context, groups, materials, self.device)
+            pipeline = Pipeline.of(self.context, groups, materials, self.device)
+            faults.plant(self.config, self.env.rank, self.blackbox, groups, Parts(None, None, materials, pipeline))
+            pipeline.run()
             return
         link = self._link(groups)
-        faults.plant(self.config, self.env.rank, self.blackbox, groups, link, stage1, materials)
+        leader = None
         if groups.pp is not None and groups.mesh.is_leader:
-            MeshLeader.of(self.context, groups.pp, link, stage1).run()
+            leader = MeshLeader.of(self.context, groups.pp, link, stage1)
+        faults.plant(self.config, self.env.rank, self.blackbox, groups, Parts(link, stage1, materials, None, leader))
+        if leader is not None:
+            leader.run()
         elif materials is not None and self.env.rank == 0:
             from engine.leader import lead
 

@@ -36,6 +36,8 @@ FAILURE_MODES: dict[str, FailureMode] = {
     "FM-10": FailureMode("stale epoch or cache reset drift", "stale-epoch", KV_AUDIT),
     "FM-15": FailureMode("stale override reused", "stale-override", KV_AUDIT),
     "FM-17": FailureMode("stale conditioning", "stale-conditioning", KV_AUDIT),
+    "FM-20": FailureMode("second caller on the groups", "second-caller"),
+    "FM-21": FailureMode("comms thread stuck", "comms-stuck"),
     "FM-22": FailureMode("wrong group", "wrong-group"),
     "FM-23": FailureMode("leader failed before its broadcast", "leader-failed"),
     "FM-30": FailureMode("input drift", "input-drift", KV_AUDIT),

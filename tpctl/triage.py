@@ -188,8 +188,13 @@ def _groups(rank: RankSeen) -> tuple[Any, ...]:
 
 
 def _link(rank: RankSeen) -> str:
-    """The group that the frame came through: the one that the rank was in last."""
-    return rank.contents.collectives[-1].group if rank.contents and rank.contents.collectives else "mesh_pg"
+    """The group that the frame came through: the last one that the rank was in, of those in which another one sends.
+
+    A mesh leader in pp says ERROR to its mesh before it leaves.
+    """
+    leaders = {group.name: group.leader for group in _groups(rank)}
+    entered = reversed(rank.contents.collectives) if rank.contents else ()
+    return next((entry.group for entry in entered if leaders.get(entry.group) != rank.rank), "mesh_pg")
 
 
 def _count(rank: RankSeen, name: str) -> int:

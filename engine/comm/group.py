@@ -13,7 +13,7 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -215,8 +215,8 @@ class Group:
         allowed = ALLOWED[self.gate.phase]
         if self.label not in allowed:
             raise GroupError(
-                f"rank {self.rank}: {op} on {self.name} in phase {self.gate.phase.value}, which allows "
-                f"{', '.join(sorted(allowed))} only",
+                f"rank {self.rank}: {op} on {self.name} in phase {self.gate.phase.value}{_of(self.gate.ids)}, which "
+                f"allows {', '.join(sorted(allowed))} only",
                 ids=self.gate.ids,
                 evidence={
                     "group_used": self.name,
@@ -263,6 +263,12 @@ class Group:
                 ids=self.gate.ids,
                 evidence={"group_used": self.name, "group_expected": None, "rank": self.rank, "op": op},
             )
+
+
+def _of(ids: Mapping[str, int]) -> str:
+    """The frame in work; nothing where there is none."""
+    known = [f"{name} {ids[name]}" for name in ("call_id", "chunk_index", "cache_epoch") if ids.get(name, -1) >= 0]
+    return f" of {', '.join(known)}" if known else ""
 
 
 def dist() -> Any:

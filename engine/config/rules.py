@@ -9,7 +9,7 @@ import typing
 from engine.config.model import CELL, PRESETS, ModelDims, valid_degrees
 from engine.config.sections import DrillConfig
 from engine.errors import ConfigError, GeometryError
-from engine.plan import ALIASES, PLANS, PP0, PP_PLANS
+from engine.plan import ALIASES, PLANS, PP0
 
 if typing.TYPE_CHECKING:
     from engine.config.job import EngineConfig
@@ -114,8 +114,6 @@ def _check_pipeline(config: EngineConfig) -> None:
             code="TP-1014",
             next_step="tpctl config check --set plan.tp_plan=pp1",
         )
-    if config.plan.tp_plan in PP_PLANS and config.drill.id:
-        raise ConfigError(f"there is no drill '{config.drill.id}' for plan {config.plan.tp_plan}", code="TP-1013")
 
 
 def _check_geometry(config: EngineConfig) -> None:

@@ -9,7 +9,7 @@ is a commitment point, `inject <id>`, in the victim's black box.
 from engine.faults.acts import DRIFT, DRIFT_HEAD, DRIFT_LAYER
 from engine.faults.hooks import before_handshake, differ, plant
 from engine.faults.places import CALL
-from engine.faults.scene import mark
+from engine.faults.scene import Parts, mark
 from engine.faults.table import AUDITED, FAULTS
 from engine.faults.unguard import UNGUARD
 
@@ -21,6 +21,7 @@ __all__ = [
     "DRIFT_LAYER",
     "FAULTS",
     "UNGUARD",
+    "Parts",
     "before_handshake",
     "differ",
     "mark",

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from engine.comm.pair import Posted
 from engine.errors import ConfigError
 from engine.faults.places import on_the_wire, prepared, received
 from engine.faults.scene import Method, Scene, wrap
@@ -128,30 +129,37 @@ def terminate(times: int) -> Callable[[Scene], None]:
 
 def kill_after_header(scene: Scene) -> None:
     def forge(frame: PreparedFrame) -> None:
-        def make(broadcast: Method) -> Method:
+        def make(pass_on: Method) -> Method:
             def last(tensor: torch.Tensor) -> NoReturn:
-                broadcast(tensor)
+                passed = pass_on(tensor)
+                if isinstance(passed, Posted):
+                    passed.wait()
                 kill(scene)
                 raise AssertionError
 
             return last
 
-        wrap(scene.link.group, "broadcast", make)
+        if scene.parts.pipeline is not None:
+            wrap(scene.down.pair.down, "post", make)
+        else:
+            wrap(scene.link.group, "broadcast", make)
 
     on_the_wire(forge)(scene)
 
 
 def freeze_in_receive(scene: Scene) -> None:
+    link = scene.link if scene.parts.leader is None else scene.up
+
     def make(receive: Method) -> Method:
         def altered() -> Any:
-            if scene.link.state.last_chunk_index == scene.drill.at_chunk - 1:
+            if link.state.last_chunk_index == scene.drill.at_chunk - 1:
                 scene.inject()
                 freeze(scene)
             return receive()
 
         return altered
 
-    wrap(scene.link, "receive", make)
+    wrap(link, "receive", make)
 
 
 def fill_the_disk(scene: Scene) -> None:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from engine.blackbox import BlackBox
 from engine.comm.topology import Groups
-from engine.comm.transport import BroadcastLink
 from engine.config import EngineConfig, dotted_keys, parse_text
 from engine.errors import ConfigError
 from engine.faults.acts import debug_collective
-from engine.faults.scene import Scene, mark
+from engine.faults.scene import Parts, Scene, mark
 from engine.faults.table import AUDITED, FAULTS
 from engine.faults.unguard import UNGUARD
-from engine.stage1 import Stage1
-
-if TYPE_CHECKING:  # a generator-only worker never imports the codecs
-    from engine.materials import Materials
 
 
 def differ(config: EngineConfig, rank: int) -> EngineConfig:
@@ -59,16 +52,18 @@ def plant(
     rank: int,
     blackbox: BlackBox,
     groups: Groups,
-    link: BroadcastLink,
-    stage1: Stage1,
-    materials: Materials | None,
+    parts: Parts,
 ) -> None:
-    """Break this rank, if it is the victim of the drill that the configuration names."""
+    """Break this rank, if it is the victim of the drill that the configuration names.
+
+    Raises:
+        ConfigError: it breaks something that this rank of the plan does not hold.
+    """
     drill = config.drill
     if not drill.id:
         return
-    scene = Scene(drill, rank, blackbox, groups, link, stage1, materials)
-    if drill.debug_collective:
+    scene = Scene(drill, rank, blackbox, groups, parts)
+    if drill.debug_collective and parts.stage1 is not None:
         debug_collective(scene)
     if rank == drill.victim_rank:
         (FAULTS.get(drill.id) or AUDITED[drill.id])(scene)

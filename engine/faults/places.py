@@ -118,7 +118,10 @@ def on_the_wire(forge: Callable[[PreparedFrame], None]) -> Callable[[Scene], Non
 
             return altered
 
-        wrap(scene.link, "send", make)
+        if scene.parts.pipeline is not None:
+            wrap(scene.down, "post", make)
+        else:
+            wrap(scene.link, "send", make)
 
     return fault
 

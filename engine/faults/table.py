@@ -35,6 +35,15 @@ from engine.faults.acts import (
     truncate,
 )
 from engine.faults.places import after_call, in_phase_b, on_the_wire, prepared, received, while_peers_wait
+from engine.faults.pplink import (
+    astray_in_phase_b,
+    late_answer,
+    reordered,
+    second_caller,
+    sent_twice,
+    spoiled_after_receipt,
+    stuck_in_a_receive,
+)
 from engine.faults.scene import Scene
 
 FAULTS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
@@ -49,6 +58,9 @@ FAULTS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
         "OM-04": nothing,
         "OM-05": nothing,
         "OM-06": in_phase_b(stray_broadcast),
+        "OM-07": spoiled_after_receipt,
+        "OM-08": astray_in_phase_b,
+        "OM-09": late_answer,
         "OM-10": prepared(lambda e: retensor(e, context_frames=None)),
         "OM-11": received(other_conditioning),
         "OM-12": received(other_weight),
@@ -67,6 +79,8 @@ FAULTS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
         "OM-17": received(lambda s, e: replan(e, current_start_frame=e.plan.current_start_frame - 1)),
         "OM-18.back": on_the_wire(call_id(1)),
         "OM-18.repeat": on_the_wire(call_id(0)),
+        "OM-19": sent_twice,
+        "OM-20": reordered,
         "OM-21.magic": on_the_wire(flip(0)),
         "OM-21.version": on_the_wire(flip(8, 2)),
         "OM-21.schema": on_the_wire(reseal(schema_version=2)),
@@ -74,6 +88,8 @@ FAULTS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
         "OM-21.truncated": on_the_wire(truncate),
         "OM-21.oversized": on_the_wire(reseal(payload_bytes=1 << 40)),
         "OM-21.meta": on_the_wire(other_meta),
+        "OM-22": stuck_in_a_receive,
+        "OM-23": second_caller,
         "OM-24.once": in_phase_b(terminate(1)),
         "OM-24.twice": in_phase_b(terminate(2)),
         "OM-25": after_call(nan),

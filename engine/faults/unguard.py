@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -13,14 +14,18 @@ from types import MappingProxyType
 from typing import Any
 
 from engine import tripwires
-from engine.comm import group, parity, transport
+from engine.comm import group, p2p, pair, parity, transport
+from engine.errors import CommError
 from engine.faults.scene import Method, wrap
 from engine.faults.table import FAULTS
+from engine.meshleader import MeshLeader
+from engine.overlap import Comms
 from engine.plan import ChunkPlan
 from engine.sinks import staged
 from engine.stage1 import Stage1
 from engine.watchdog import Watchdog
 from engine.wire import frame as framing
+from engine.wire.expected import Expectations, Fate
 from engine.wire.header import Action, Header, LinkState, Schema
 
 
@@ -74,7 +79,17 @@ def _no_liveness(rank: int) -> None:
         except RuntimeError:
             threading.Event().wait()
 
+    def make(wait: Method) -> Method:
+        def altered(posted: Any) -> None:
+            try:
+                wait(posted)
+            except CommError:
+                threading.Event().wait()
+
+        return altered
+
     wrap(group.Group, "_backend", lambda _: deaf)
+    wrap(pair.Posted, "wait", make)
 
 
 def _trusting_parse(raw: bytes, *_: object, **__: object) -> Header:
@@ -84,9 +99,57 @@ def _trusting_parse(raw: bytes, *_: object, **__: object) -> Header:
 
 
 def _trusting_receiver(rank: int) -> None:
-    wrap(transport, "parse_header", lambda _: _trusting_parse)
-    wrap(transport, "parse_meta", lambda _: lambda header, raw: json.loads(raw))
+    for receiver in (transport, p2p):
+        wrap(receiver, "parse_header", lambda _: _trusting_parse)
+        wrap(receiver, "parse_meta", lambda _: lambda header, raw: json.loads(raw))
     blind(LinkState, "problem", "cut_problem")
+
+
+def _no_farewell(rank: int) -> None:
+    """The leader fails without a word to either side, and nobody notices that it is gone."""
+    blind(MeshLeader, "_dismiss")
+    _no_liveness(rank)
+
+
+def _no_epoch_check(rank: int) -> None:
+    """A result is held against what flies, but not against the epoch that Stage 0 is in."""
+
+    def make(judge: Method) -> Method:
+        return lambda self, call_id, chunk_index, epoch, now: judge(self, call_id, chunk_index, epoch, epoch)
+
+    wrap(Expectations, "judge", make)
+
+
+def _no_order_check(rank: int) -> None:
+    wrap(Expectations, "judge", lambda _: lambda *args: Fate.ACCEPTED)
+
+
+def _no_repeat_check(rank: int) -> None:
+    """An exact repeat is a frame like any other."""
+
+    def make(receive: Method) -> Method:
+        def altered(end: Any) -> Any:
+            end._last_infer = b""
+            return receive(end)
+
+        return altered
+
+    wrap(p2p.LeaderEnd, "receive", make)
+
+
+def _no_join_deadline(rank: int) -> None:
+    def make(close: Method) -> Method:
+        def altered(comms: Any, *error: Any) -> None:
+            comms._pipeline = dataclasses.replace(comms._pipeline, join_timeout_s=threading.TIMEOUT_MAX)
+            close(comms, *error)
+
+        return altered
+
+    wrap(Comms, "close", make)
+
+
+def _no_owner(rank: int) -> None:
+    blind(group.PhaseGate, "refusal")
 
 
 def _no_signal_handler(rank: int) -> None:
@@ -129,6 +192,9 @@ UNGUARD: Mapping[str, Callable[[int], None]] = MappingProxyType(
         "OM-04": _parity_off,
         "OM-05": _parity_off,
         "OM-06": _no_group_check,
+        "OM-07": _no_farewell,
+        "OM-08": _no_group_check,
+        "OM-09": _no_epoch_check,
         "OM-10": _no_sender_checks,
         "OM-11": _no_agreement("input digest"),
         "OM-12": _no_baseline,
@@ -136,6 +202,10 @@ UNGUARD: Mapping[str, Callable[[int], None]] = MappingProxyType(
         "OM-17": _no_progress_check,
         "OM-18.back": _trusting_receiver,
         "OM-18.repeat": _trusting_receiver,
+        "OM-19": _no_repeat_check,
+        "OM-20": _no_order_check,
+        "OM-22": _no_join_deadline,
+        "OM-23": _no_owner,
         "OM-24.once": _no_signal_handler,
         "OM-24.twice": _no_signal_handler,
         "OM-25": _no_finite_check,

@@ -17,7 +17,7 @@ from engine.errors import ConfigError
 from tests.cli.conftest import cli, validated
 from tpctl.commands.schema import load_schema
 from tpctl.drill import table, twohosts
-from tpctl.drill.judge import Result
+from tpctl.drill.judge import Result, judge
 from tpctl.drill.ranks import Nursery
 from tpctl.drill.runner import DrillRunner
 from tpctl.matrix.runner import make_assets
@@ -39,6 +39,12 @@ def base(weights_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Engin
 def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     with Nursery(tmp_path_factory.mktemp("nursery") / "nursery.log") as nursery:
         yield nursery
+
+
+def unhurried(drill: table.Drill) -> table.Drill:
+    """The same demands, on a machine that has other things to do too."""
+    within_ms, gone_ms = max(drill.within_ms, 3000), max(drill.gone_ms, 6000)
+    return dataclasses.replace(drill, within_ms=within_ms, gone_ms=gone_ms)
 
 
 def explain(result: Result) -> str:
@@ -65,10 +71,27 @@ def test_the_referees_record_answers_by_its_schema(
     assert result.verdict is Verdict.PASS, explain(result)
 
 
-@pytest.mark.parametrize("name", ["OM-12", "OM-18.back", "OM-26"])
+@pytest.mark.parametrize("name", ["OM-12", "OM-18.back", "OM-19", "OM-20", "OM-26"])
 def test_without_its_guard_a_drill_fails(name: str, nursery: Nursery, base: EngineConfig, tmp_path: Path) -> None:
     result = DrillRunner(nursery, base, tmp_path).run(DRILLS[name], without_guard=True)
     assert result.verdict is Verdict.PASS, explain(result)
+
+
+def test_a_stale_result_that_is_emitted_does_not_pass(nursery: Nursery, base: EngineConfig, tmp_path: Path) -> None:
+    """OM-09 without its guard ends as if nothing had been; every demand on what was emitted tells the difference."""
+    result = DrillRunner(nursery, base, tmp_path).run(DRILLS["OM-09"], without_guard=True)
+    assert result.verdict is Verdict.PASS, explain(result)
+    assert result.to_dict()["ended_by"] == "silent"
+    failed = {finding.id for finding in judge(result.seen).findings if finding.verdict is Verdict.FAIL}
+    assert failed == {"recorded", "emitted", "pixels"}
+
+
+def test_a_fault_needs_a_rank_that_holds_what_it_breaks(nursery: Nursery, base: EngineConfig, tmp_path: Path) -> None:
+    wrong = dataclasses.replace(DRILLS["OM-14.pp-leader"], victim_rank=0)
+    result = DrillRunner(nursery, base, tmp_path).run(wrong)
+    assert result.verdict is Verdict.FAIL
+    assert result.seen.ended.codes[0] == 77
+    assert "breaks a generator, and rank 0 has none" in result.to_dict()["reason"]
 
 
 def test_a_wrong_expectation_is_not_passed(nursery: Nursery, base: EngineConfig, tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def table_of(results: list[Result], without_guard: bool) -> Table:
         Column("ended by" if without_guard else "blame", "ended_by" if without_guard else "blame"),
         Column("first ms", "first_failure_ms", right=True),
         Column("gone ms", "gone_ms", right=True),
+        Column("plan", "plan", narrow=False),
         Column("what", "title", narrow=False),
         Column("reason", "reason", narrow=False),
     ]
@@ -121,12 +122,21 @@ def explain(results: list[Result], envelope: Envelope) -> list[str]:
 
 def print_list(out: Output, drills: tuple[Drill, ...]) -> None:
     rows = [
-        {"id": d.id, "title": d.title, "where": d.where, "code": list(d.code), "fm": d.fm, "proof": d.proof}
+        {
+            "id": d.id,
+            "title": d.title,
+            "plan": d.plan,
+            "where": d.where,
+            "code": list(d.code),
+            "fm": d.fm,
+            "proof": d.proof,
+        }
         for d in drills
     ]
     columns = [
         Column("drill", "id"),
         Column("breaks", "title"),
+        Column("plan", "plan", narrow=False),
         Column("where", "where", narrow=False),
         Column("code", "code"),
         Column("fm", "fm"),

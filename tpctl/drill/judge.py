@@ -24,7 +24,11 @@ BEREFT = frozenset({71, 72})  # and these too, where another one was killed
 
 @dataclass(frozen=True)
 class Seen:
-    """What a drill's job left: how it ended, reports, moments (monotonic ns), the referee's record if there is one."""
+    """What a drill's job left: how it ended, reports, moments (monotonic ns), the referee's record if there is one.
+
+    `recorded_ns` is when a rank wrote down what became of the fault; `calls_after` counts what the victim entered in
+    its groups after it.
+    """
 
     drill: Drill
     run_dir: Path
@@ -36,6 +40,8 @@ class Seen:
     referee: Mapping[str, Any] | None = None
     decided_ns: int | None = None
     clean: Path | None = None
+    recorded_ns: int | None = None
+    calls_after: int | None = None
 
     @property
     def verdict(self) -> Mapping[str, Any]:
@@ -75,13 +81,15 @@ class Seen:
 
     @property
     def first_ms(self) -> float | None:
-        """To the first failure: a rank that ends itself, or the referee's verdict."""
-        moments = [*self.failed_ns.values(), *([self.decided_ns] if self.decided_ns is not None else [])]
+        """To the first failure: a rank that ends itself, or the referee's verdict; or to the record of what was lived
+        through."""
+        others = (self.decided_ns, self.recorded_ns)
+        moments = [*self.failed_ns.values(), *(moment for moment in others if moment is not None)]
         return self.after_ms(min(moments, default=None))
 
     @property
     def gone_ms(self) -> float | None:
-        complete = len(self.ended.gone_ns) == self.drill.tp
+        complete = len(self.ended.gone_ns) == self.drill.ranks
         return self.after_ms(max(self.ended.gone_ns.values())) if complete else None
 
 
@@ -104,6 +112,7 @@ class Result:
             "id": drill.id,
             "title": drill.title,
             "verdict": self.verdict.value,
+            "plan": drill.plan,
             "tp": drill.tp,
             "victim_rank": drill.victim_rank,
             "exit_codes": {str(rank): code for rank, code in sorted(seen.ended.codes.items())},
@@ -128,8 +137,8 @@ class Result:
 def observe(drill: Drill, run_dir: Path, ended: Ended, clean: Path | None) -> Seen:
     """Read what the ranks left in `run_dir`. What cannot be read counts as missing."""
     reports, failed, around = {}, {}, []
-    injected = None
-    for rank in range(drill.tp):
+    injected = recorded = calls_after = None
+    for rank in range(drill.ranks):
         with contextlib.suppress(OSError, ValueError):
             reports[rank] = json.loads((run_dir / "ranks" / f"rank{rank}.json").read_text(encoding="utf-8"))
         with contextlib.suppress(BlackBoxError, OSError):
@@ -138,8 +147,11 @@ def observe(drill: Drill, run_dir: Path, ended: Ended, clean: Path | None) -> Se
                 failed[rank] = box.live.state_ns
             last = box.commitments[-1] if box.commitments else None
             for commitment in box.commitments:
+                if commitment.action == drill.records and commitment.chunk_index == drill.at_chunk:
+                    recorded = commitment.t_ns
                 if commitment.action.startswith("inject ") and injected is None:
                     injected = commitment.t_ns
+                    calls_after = sum(entry.t_ns > injected for entry in box.collectives)
                     around.append(f"rank {rank}: {commitment.action}, chunk {commitment.chunk_index}")
             if last is not None:
                 around.append(f"rank {rank}: last {last.action} on {last.group}, chunk {last.chunk_index}")
@@ -150,7 +162,20 @@ def observe(drill: Drill, run_dir: Path, ended: Ended, clean: Path | None) -> Se
     with contextlib.suppress(OSError, ValueError, KeyError):
         referee = json.loads((run_dir / "referee.json").read_text(encoding="utf-8"))
         decided = int(referee["times"]["decided_unix"] * 1e9) - (time.time_ns() - time.monotonic_ns())
-    return Seen(drill, run_dir, ended, reports, injected, failed, tuple(around), referee, decided, clean)
+    return Seen(
+        drill,
+        run_dir,
+        ended,
+        reports,
+        injected,
+        failed,
+        tuple(around),
+        referee,
+        decided,
+        clean,
+        recorded,
+        calls_after,
+    )
 
 
 def judge(seen: Seen) -> Result:
@@ -175,7 +200,14 @@ def judge(seen: Seen) -> Result:
         findings.append(find("words", word in text, f"the error names '{word}'", text, word))
     right, blame = _blame(seen)
     findings.append(find("blame", right, blame, None, drill.blame))
-    if drill.blame == "drain":
+    if drill.calls_after >= 0:
+        said = f"{seen.calls_after} calls on a group after the fault"
+        findings.append(
+            find("calls after", seen.calls_after == drill.calls_after, said, seen.calls_after, drill.calls_after)
+        )
+    if drill.lives:
+        findings += _lived(seen)
+    elif drill.blame == "drain":
         findings.append(find("in time", not seen.ended.timed_out, "the drain ended", seen.gone_ms, None))
     else:
         for name, value, limit in (
@@ -197,9 +229,12 @@ def judge_without_guard(seen: Seen) -> Result:
         find("injected", seen.injected_ns is not None, "the fault was planted", None, None),
         find("proof", how == drill.proof, f"without its guard: {how}", how, drill.proof),
     ]
+    if drill.proof_code and how == "late":
+        code = seen.error.get("code")
+        findings.append(find("next net", code in drill.proof_code, f"caught by {code}", code, drill.proof_code))
     if drill.drift and how == "silent":
         drifted = drift is not None and not drift <= 1e-3
-        findings.append(find("drift", drifted, f"latents off by {drift} of the largest value", drift, 1e-3))
+        findings.append(find("drift", drifted, f"{drill.compares} off by {drift} of the largest value", drift, 1e-3))
     left = list(seen.ended.leftovers)
     findings.append(find("leftovers", not left, f"left: {left or 'nothing'}", left, []))
     return Result(seen, tuple(findings), {"ended_by": how, "drift": drift, "blame": None})
@@ -220,7 +255,7 @@ def _ending(seen: Seen) -> tuple[str, float | None]:
 def _orderly(seen: Seen) -> list[Finding]:
     """The account balances on rank 0 wherever it could still write, and no file stands half-written."""
     drill, found = seen.drill, []
-    if drill.blame == "drain" or drill.proof == "loss":
+    if drill.blame == "drain" or drill.proof == "loss" or drill.lives:
         account = (seen.reports.get(0) or {}).get("account") or {}
         made = {key: account.get(key, 0) for key in ("accepted", "emitted", "dropped", "abandoned")}
         balanced = made["accepted"] > 0 and made["accepted"] == sum(made.values()) - made["accepted"]
@@ -239,6 +274,8 @@ def _blame(seen: Seen) -> tuple[bool, str]:
     drill, first, evidence = seen.drill, seen.first, dict(seen.error.get("evidence") or {})
     if drill.blame == "drain":
         return True, "asked to end"
+    if drill.lives:
+        return not seen.verdict and first is None, "nobody" if first is None else f"rank {first}"
     if drill.blame == "link":
         return not seen.proved.get("triggers"), "the link"
     if drill.blame == "receiver":
@@ -256,23 +293,55 @@ def _blame(seen: Seen) -> tuple[bool, str]:
     if not minority and f"the odd one out is rank {drill.victim_rank}" in str(seen.error.get("message")):
         minority = [drill.victim_rank]
     words = ", ".join(f"rank {rank}" for rank in table)
-    if drill.tp > 2 or minority:
+    if len(table) > 2 or minority:
         return minority == [drill.victim_rank], f"odd one out: {minority} of {words}"
     return str(drill.victim_rank) in table, f"difference between {words}"
 
 
+def _lived(seen: Seen) -> list[Finding]:
+    """The stream went on as if nothing had been: what was emitted is what a clean run emits, and all of it."""
+    drill, emitted = seen.drill, _emitted(seen)
+    count = int(drill.config["run.chunks"])
+    lost = [chunk for chunk in range(count) if chunk not in emitted]
+    right = drill.at_chunk in lost if drill.drops else not lost
+    drift, dropped = _drift(seen), ((seen.reports.get(0) or {}).get("account") or {}).get("dropped")
+    late = seen.first_ms
+    return [
+        find("in time", not seen.ended.timed_out, "the stream came to its end", seen.gone_ms, None),
+        find(
+            "recorded",
+            late is not None and late <= drill.within_ms,
+            f"'{drill.records}' after {late} ms",
+            late,
+            drill.within_ms,
+        ),
+        find("emitted", right, f"not emitted: chunks {lost or 'none'}", lost, [drill.at_chunk] if drill.drops else []),
+        find("counted", dropped == len(lost), f"{dropped} dropped", dropped, len(lost)),
+        find("pixels", drift == 0, f"pixels off by {drift} of the largest value", drift, 0),
+    ]
+
+
+def _emitted(seen: Seen) -> set[int]:
+    return {int(chunk["chunk_index"]) for chunk in (seen.reports.get(0) or {}).get("chunks", ())}
+
+
 def _drift(seen: Seen) -> float | None:
-    """Largest difference of any latent from the clean run, relative to the largest value; NaN reads infinite."""
-    if seen.clean is None:
+    """Largest difference of any value from the clean run, relative to the largest; NaN and another size read infinite.
+
+    Chunks that were not emitted are left out.
+    """
+    name = f"{seen.drill.compares}.safetensors"
+    if seen.clean is None or not (seen.run_dir / name).exists():
         return None
     import numpy as np
     from safetensors.numpy import load_file
 
-    ours, theirs = (load_file(path / "latents.safetensors") for path in (seen.run_dir, seen.clean))
+    ours, theirs = (load_file(path / name) for path in (seen.run_dir, seen.clean))
     worst = 0.0
-    for key, clean in theirs.items():
-        ratio = float(np.abs(ours[key] - clean).max() / np.abs(clean).max())
-        worst = max(worst, float("inf") if math.isnan(ratio) else ratio)
+    for key, values in ours.items():
+        mine, clean = (array.astype(np.float64) for array in (values, theirs[key]))
+        ratio = float(np.abs(mine - clean).max() / np.abs(clean).max()) if mine.shape == clean.shape else math.inf
+        worst = max(worst, math.inf if math.isnan(ratio) else ratio)
     return worst
 
 

@@ -80,9 +80,9 @@ class Nursery:
             self._process.stdout.close()
 
     def run(
-        self, run_dir: Path, config: Path, tp: int, deadline_s: float, supervise_s: float, *, referee: bool
+        self, run_dir: Path, config: Path, ranks: int, deadline_s: float, supervise_s: float, *, referee: bool
     ) -> Ended:
-        """Start `tp` ranks, with a referee beside them or without; return when all are gone.
+        """Start `ranks` ranks, with a referee beside them or without; return when all are gone.
 
         Args:
             run_dir: gets `stderr<rank>.log`, and `ranks/` from the ranks themselves.
@@ -94,15 +94,15 @@ class Nursery:
         pids: dict[int, int] = {}
         judging = False
         if referee:
-            self._start_referee(run_dir, tp)
+            self._start_referee(run_dir, ranks)
             judging = True
         port = _free_port()
         before = set(os.listdir("/dev/shm"))
-        for rank in range(tp):
+        for rank in range(ranks):
             environ = rank_environment() | {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(tp),
+                "WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
@@ -115,7 +115,7 @@ class Nursery:
                 }
             )
         end = time.monotonic() + deadline_s
-        while len(ended.codes) < tp or judging:
+        while len(ended.codes) < ranks or judging:
             left = end - time.monotonic()
             if left <= 0 and not ended.timed_out:
                 ended.timed_out = True
@@ -143,13 +143,13 @@ class Nursery:
         ended.leftovers = tuple(leftovers)
         return ended
 
-    def _start_referee(self, run_dir: Path, tp: int) -> None:
+    def _start_referee(self, run_dir: Path, ranks: int) -> None:
         (run_dir / "ranks").mkdir(mode=0o700, exist_ok=True)
-        ranks = ",".join(map(str, range(tp)))
+        named_ranks = ",".join(map(str, range(ranks)))
         self._ask(
             {
                 "rank": REFEREE,
-                "argv": ["--run-dir", str(run_dir), "--ranks", ranks, "--parent", named(self._process.pid)],
+                "argv": ["--run-dir", str(run_dir), "--ranks", named_ranks, "--parent", named(self._process.pid)],
                 "environ": rank_environment(),
                 "stderr": str(run_dir / "referee.log"),
             }

@@ -41,14 +41,14 @@ class DrillRunner:
         directory = self.root / drill.id
         if drill.hosts > 1:
             return self._over_hosts(drill, directory, without_guard=without_guard)
-        clean = self.clean_run(drill) if without_guard and drill.drift else None
+        clean = self.clean_run(drill) if drill.lives or (without_guard and drill.drift) else None
         hang = without_guard and drill.proof == "hang"
         path, config = self.write_config(drill, directory, without_guard=without_guard, far=hang)
         budget_s = max(config.liveness.watchdog_s, config.liveness.phase_budget_s)
         ended = self.nursery.run(
             directory,
             path,
-            drill.tp,
+            drill.ranks,
             HANG_DEADLINE_S if hang else drill.deadline_s,
             supervise_s=budget_s if hang else 0.0,
             referee=drill.referee and not without_guard,
@@ -73,11 +73,11 @@ class DrillRunner:
         Raises:
             MatrixError: it did not end well, so that nothing can be compared with it.
         """
-        key = json.dumps([drill.tp, dict(drill.config)], sort_keys=True)
+        key = json.dumps([drill.plan, drill.tp, drill.cut_chunk, dict(drill.config)], sort_keys=True)
         if key not in self.cleans:
             directory = self.root / f"clean{len(self.cleans)}"
             path, _ = self.write_config(drill, directory, broken=False)
-            ended = self.nursery.run(directory, path, drill.tp, drill.deadline_s, supervise_s=0.0, referee=True)
+            ended = self.nursery.run(directory, path, drill.ranks, drill.deadline_s, supervise_s=0.0, referee=True)
             if any(ended.codes.values()) or ended.timed_out:
                 raise MatrixError(f"the clean run for {drill.id} failed: {ended.codes}", code="TP-7311")
             self.cleans[key] = directory
@@ -91,9 +91,11 @@ class DrillRunner:
 
         directory.mkdir(parents=True)
         data: dict[str, dict[str, Any]] = self.base.to_dict()
-        data["plan"]["tp"] = drill.tp
+        data["plan"] = {"tp_plan": drill.plan, "tp": drill.tp}
         data["run"]["timeline"] = str(directory / "timeline.toml")
         data["sink"]["directory"] = str(directory)
+        if not broken and drill.cut_chunk >= 0:
+            data["pipeline"]["cut"] = "finish"  # every chunk, so that any can be compared
         if broken:
             data["drill"] = {
                 "id": drill.fault,
@@ -107,7 +109,8 @@ class DrillRunner:
             data[section][key] = value
         if far:
             data["liveness"] |= {"watchdog_s": FAR_S, "phase_budget_s": FAR_S}
-        (directory / "timeline.toml").write_text(TIMELINE, encoding="utf-8")
+        cut = f"[[event]]\nat_chunk = {drill.cut_chunk}\ncut = true\n" if drill.cut_chunk >= 0 else ""
+        (directory / "timeline.toml").write_text(TIMELINE + cut, encoding="utf-8")
         config = from_dict(data, drill.id)
         path = directory / "config.toml"
         path.write_text(tomli_w.dumps(config.to_dict()), encoding="utf-8")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from typing import Any
 
+from engine.plan import PP_PLANS, V1, canonical_plan
 from tpctl.errors import MatrixError
 
 TP_EVERYWHERE = 4
@@ -18,6 +19,7 @@ TP_EVERYWHERE = 4
 class Drill:
     """One row of `tpctl/matrix/drills.toml`, defaults filled in. `fault` is the id that `engine.faults` knows.
 
+    `tp` counts mesh ranks; with a pp plan, rank 0 stands before them. `cut_chunk` is where a hard cut comes.
     `repeats` names the drill that this one repeats with another victim.
     `kind` is the referee's verdict, where it is the referee that finds the fault; `referee` is whether there is one.
     With two `hosts` it is the link between them that breaks, and nothing is planted in a rank.
@@ -45,12 +47,28 @@ class Drill:
     says: tuple[str, ...] = ()
     drift: bool = False
     differs: str = ""
+    plan: str = V1
+    cut_chunk: int = -1
+    records: str = ""
+    drops: bool = False
+    compares: str = "latents"
+    calls_after: int = -1
+    proof_code: tuple[str, ...] = ()
     fault: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
-        return f"rank {self.victim_rank} of {self.tp}, chunk {self.at_chunk}"
+        return f"rank {self.victim_rank} of {self.ranks}, chunk {self.at_chunk}"
+
+    @property
+    def ranks(self) -> int:
+        return self.tp + int(self.plan in PP_PLANS)
+
+    @property
+    def lives(self) -> bool:
+        """Whether the stream has to outlive the fault."""
+        return self.blame == "nobody"
 
 
 def load() -> tuple[Drill, ...]:
@@ -67,6 +85,7 @@ def load() -> tuple[Drill, ...]:
     for row in data["drill"]:
         merged = {**defaults, **row, "config": {**defaults["config"], **row.get("config", {})}}
         merged["fault"] = merged.get("fault") or row["id"]
+        merged["plan"] = canonical_plan(merged.get("plan", V1))
         if unknown := sorted(merged.keys() - known):
             raise MatrixError(f"drill {row['id']}: unknown key '{unknown[0]}'", code="TP-7309")
         drill = Drill(**{key: _frozen(value) for key, value in merged.items()})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import dotted_keys, read_toml
-from engine.plan import PLANS, PP_PLANS, V1, canonical_plan
+from engine.plan import PLANS, PP_PLANS, canonical_plan
 from engine.timeline import Timeline
 from tpctl.drill import table as drilltable
 from tpctl.errors import MatrixError
@@ -140,7 +140,7 @@ def _drills(wanted: Any, where: str) -> tuple[Case, ...]:
             drill.id,
             drill.title,
             "drill",
-            V1,
+            drill.plan,
             drill.tp,
             int(drill.config["run.chunks"]),
             deadline_s=drill.deadline_s,
