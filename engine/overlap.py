@@ -39,11 +39,16 @@ OURS_ALONE = (PreflightError, CallCountError, SinkError)  # ours alone: the mesh
 
 @dataclass(frozen=True)
 class Arrival:
-    """A result as the comms thread received it; `made` orders its latents before their reader on a device."""
+    """A result as the comms thread received it; `made` orders its latents before their reader on a device.
+
+    When its envelope was posted and when it was here itself, in monotonic seconds; an answer that comes twice has no
+    envelope any more.
+    """
 
     result: Result
     made: Any
     arrived_s: float
+    sent_s: float | None = None
 
 
 class Comms:
@@ -76,7 +81,7 @@ class Comms:
         self._d_in: deque[tuple[Envelope, Any]] = deque()
         self._d_out: deque[Arrival] = deque()
         self._expected = Expectations()
-        self._unanswered: set[int] = set()
+        self._unanswered: dict[int, float] = {}  # call_id of an envelope, and when it was posted
         self._room: Posted | None = None  # posted for the next answer
         self._arrived: Posted | EngineError | None = None
         self._farewell: EngineError | None = None
@@ -229,7 +234,7 @@ class Comms:
         header = frame.header
         with self._changed:
             self._expected.sent(header.call_id, header.chunk_index, header.cache_epoch)
-            self._unanswered.add(header.call_id)
+            self._unanswered[header.call_id] = time.monotonic()
         self._watch_answers()
         self._link.post(frame)
 
@@ -250,11 +255,11 @@ class Comms:
             latents_BFCHW, made = self._stream.to_device(result.latents_out_BFCHW)
             result = dataclasses.replace(result, latents_out_BFCHW=latents_BFCHW)
         with self._changed:
-            self._unanswered.discard(result.call_id)
+            sent_s = self._unanswered.pop(result.call_id, None)
             # Only an answer that comes twice can find no place, since none is kept for it.
             self._changed.wait_for(lambda: len(self._d_out) < self._pipeline.d_out or self._closing)
             if not self._closing:
-                self._d_out.append(Arrival(result, made, time.monotonic()))
+                self._d_out.append(Arrival(result, made, time.monotonic(), sent_s))
             self._changed.notify_all()
         self._watch_answers()
 

@@ -56,6 +56,8 @@ class Pipeline:
         self._emitting = False
         self._repeats = 0
         self._began_s = time.monotonic()
+        loop_ns = context.report.clock["loop_ns"] = int(self._began_s * 1e9)
+        self._stages = context.open_stages(loop_ns)
         self._last_emit_ms: float | None = None
         self._pixels: list[torch.Tensor] = []
 
@@ -139,9 +141,9 @@ class Pipeline:
         first = self._decoded_before_feed(latents_BFCHW.shape[1])
         self._emitting = True
         pixels = [stage0.develop(latents_BFCHW[:, :first])] if first else []
-        fed_ms = self._now_ms()
+        tFeed_ms = self._now_ms()
         self._feed()
-        inside_ms = self._now_ms() - fed_ms
+        inside_ms = self._now_ms() - tFeed_ms
         if first < latents_BFCHW.shape[1]:
             pixels.append(stage0.develop(latents_BFCHW[:, first:]))
         self._emitting = False
@@ -149,7 +151,7 @@ class Pipeline:
         sinks.write(pixels_THWC.numpy(), result.chunk_index, flight.prompt)
         self.context.emitted(result.chunk_index)
         recorder.keep(result.chunk_index, latents_BFCHW, pixels_THWC)
-        self._record(flight, result, tRecv_ms, inside_ms, first, arrival)
+        self._record(flight, result, tRecv_ms, tFeed_ms, inside_ms, first, arrival)
 
     def _decoded_before_feed(self, frames: int) -> int:
         """Latents of the newest chunk that the next envelope needs decoded; all of them if anchor-first is off."""
@@ -196,7 +198,14 @@ class Pipeline:
         return latents_BFCHW
 
     def _record(
-        self, flight: Flight, result: Result, tRecv_ms: float, inside_ms: float, first: int, arrival: Arrival
+        self,
+        flight: Flight,
+        result: Result,
+        tRecv_ms: float,
+        tFeed_ms: float,
+        inside_ms: float,
+        first: int,
+        arrival: Arrival,
     ) -> None:
         plan, tEmit_ms = flight.plan, self._now_ms()
         d_in, d_out = self.comms.depths()
@@ -221,8 +230,10 @@ class Pipeline:
             "period_ms": tEmit_ms - (self._last_emit_ms or 0.0),
             "tA0_ms": flight.tA0_ms,
             "tA1_ms": flight.tA1_ms,
+            "tSent_ms": None if arrival.sent_s is None else (arrival.sent_s - self._began_s) * 1e3,
             "tArrived_ms": (arrival.arrived_s - self._began_s) * 1e3,
             "tRecv_ms": tRecv_ms,
+            "tFeed_ms": tFeed_ms,
             "tEmit_ms": tEmit_ms,
             "t_inside_ms": inside_ms,
             "latents_before_feed": first,
@@ -232,6 +243,7 @@ class Pipeline:
         record |= stages(record, self._last_emit_ms)
         self._last_emit_ms = tEmit_ms
         self.context.report.keep(record)
+        self._stages.add(record)
 
     def _report_overlap(self) -> None:
         found = overlap(self.context.report.chunks)

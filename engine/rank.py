@@ -14,7 +14,7 @@ from engine.control import Steering
 from engine.drain import DrainRequest
 from engine.errors import EngineError, TripwireError
 from engine.lifecycle import RankExit, RankState
-from engine.records import ChunkRecords, Header
+from engine.records import ChunkRecords, Header, StageRecords
 from engine.report import RankReport
 from engine.stage1 import MeshResult
 from engine.timeline import Timeline
@@ -44,6 +44,11 @@ class RankContext:
         path = self.run_dir / "ranks" / f"rank{self.env.rank}.chunks.jsonl"
         header = Header(job, self.env.rank, self.env.world_size, self.config.dims.num_layers)
         self.records = ChunkRecords(path, header, self.warn)
+
+    def open_stages(self, loop_ns: int) -> StageRecords:
+        """On rank 0 of a pp plan, once: the times of its stages, chunk by chunk, counted from `loop_ns`."""
+        path = self.run_dir / "ranks" / f"rank{self.env.rank}.stages.jsonl"
+        return StageRecords(path, self.env.rank, loop_ns, self.warn)
 
     def keep(self, record: dict[str, Any], result: MeshResult) -> None:
         """One chunk, for the report and for the chunk records."""

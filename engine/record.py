@@ -9,7 +9,7 @@ from engine.stage1 import MeshResult
 from engine.wire.envelope import Envelope
 
 
-def chunk_record(envelope: Envelope, call_id: int, result: MeshResult, times: dict[str, float]) -> dict[str, Any]:
+def chunk_record(envelope: Envelope, call_id: int, result: MeshResult, times: dict[str, Any]) -> dict[str, Any]:
     plan = envelope.plan
     return {
         "chunk_index": plan.chunk_index,
@@ -29,22 +29,26 @@ def chunk_record(envelope: Envelope, call_id: int, result: MeshResult, times: di
         "output_digest_i64": result.output_digest_i64,
         **times,
         "t_b_ms": result.t_b_ms,
+        "tB0_ns": result.began_ns,
     }
 
 
 class Clock:
-    """Times of one chunk in milliseconds: `mark` a stage's end, `turn` at the chunk's."""
+    """Times of one chunk in milliseconds: `mark` a stage's end, `turn` at the chunk's.
+
+    `ended_ns` is when the chunk's turn ended, on this host's monotonic clock, as in black boxes.
+    """
 
     def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
+        self._start = self._last = time.monotonic_ns()
         self._times: dict[str, float] = {}
 
     def mark(self, name: str) -> None:
-        now = time.perf_counter()
-        self._times[name] = (now - self._last) * 1e3
+        now = time.monotonic_ns()
+        self._times[name] = (now - self._last) / 1e6
         self._last = now
 
-    def turn(self) -> dict[str, float]:
-        times = self._times | {"period_ms": (self._last - self._start) * 1e3}
+    def turn(self) -> dict[str, Any]:
+        times = self._times | {"period_ms": (self._last - self._start) / 1e6, "ended_ns": self._last}
         self._start, self._times = self._last, {}
         return times

@@ -1,8 +1,10 @@
-"""Chunk records: one line of JSON a chunk in `RUN/ranks/rank{r}.chunks.jsonl`, kept by every rank as it works.
+"""Chunk records: one line of JSON a chunk in `RUN/ranks/rank{r}.chunks.jsonl`, kept by every mesh rank as it works.
 
 The first line is a header: which job, which rank of how many, how many layers, which fields. A line goes to the kernel
 whole and at once, so `kill -9` loses nothing but the line in work. Recording never harms the job: a full disk ends the
 recording, not the rank, and the rank says so. Free of torch, for tools that read while the job runs or after it.
+
+Rank 0 of a pp plan has no cache, and so no history of one; it keeps stage records in `rank0.stages.jsonl`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 from engine.errors import EngineError
 
 SCHEMA, SCHEMA_VERSION = "tpctl.chunk-records", 1
+STAGES_SCHEMA = "tpctl.stage-records"
 # Names the set and the meaning of the fields: records under different names are never compared.
 ALGORITHM = "lifecycle-1"
 # Equal on every rank of a mesh, or a cache has left the plan (contract, section 8).
@@ -59,25 +62,23 @@ class Header:
     algorithm: str = ALGORITHM
 
 
-class ChunkRecords:
+class RecordFile:
     """The writing side. `warn` is told once if recording had to stop; nothing is ever raised to the rank."""
 
-    def __init__(self, path: Path, header: Header, warn: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, head: Mapping[str, Any], warn: Callable[[str], None], what: str) -> None:
         self._path = path
         self._warn = warn
+        self._what = what
         self._fd: int | None = None
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         except OSError as error:
             self._stop(error, "from the start")
-        self._write({"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(header)}, "from the start")
+        self._write(head, "from the start")
 
-    def append(
-        self, record: Mapping[str, Any], global_end_index: Sequence[int], local_end_index: Sequence[int]
-    ) -> None:
-        """Add one chunk. The indices are in tokens, one for each layer."""
-        row = {**record, "global_end_index": list(global_end_index), "local_end_index": list(local_end_index)}
-        self._write(row, f"from chunk {record['chunk_index']} on")
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add one chunk."""
+        self._write(row, f"from chunk {row['chunk_index']} on")
 
     def _write(self, row: Mapping[str, Any], since: str) -> None:
         if self._fd is None:
@@ -95,7 +96,29 @@ class ChunkRecords:
             with contextlib.suppress(OSError):
                 os.close(self._fd)
             self._fd = None
-        self._warn(f"no chunk records {since}: {self._path.name}: {error.strerror}")
+        self._warn(f"no {self._what} {since}: {self._path.name}: {error.strerror}")
+
+
+class ChunkRecords(RecordFile):
+    """A mesh rank's."""
+
+    def __init__(self, path: Path, header: Header, warn: Callable[[str], None]) -> None:
+        head = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(header)}
+        super().__init__(path, head, warn, "chunk records")
+
+    def append(
+        self, record: Mapping[str, Any], global_end_index: Sequence[int], local_end_index: Sequence[int]
+    ) -> None:
+        """Add one chunk. The indices are in tokens, one for each layer."""
+        self.add({**record, "global_end_index": list(global_end_index), "local_end_index": list(local_end_index)})
+
+
+class StageRecords(RecordFile):
+    """Of rank 0 in pp: when each chunk passed its stages, in milliseconds since `loop_ns` of the monotonic clock."""
+
+    def __init__(self, path: Path, rank: int, loop_ns: int, warn: Callable[[str], None]) -> None:
+        head = {"schema": STAGES_SCHEMA, "schema_version": SCHEMA_VERSION, "rank": rank, "loop_ns": loop_ns}
+        super().__init__(path, head, warn, "stage records")
 
 
 class RecordReader:
@@ -198,3 +221,39 @@ def read_records(path: Path) -> Records:
     if reader.header is None:
         raise RecordsError(f"{path} is cut short: not even its header is whole", where=str(path))
     return Records(reader.header, tuple(rows), reader.torn)
+
+
+def read_stages(path: Path) -> tuple[int, list[dict[str, Any]]]:
+    """Stage records, of a job that is gone or what there is of one that runs: `loop_ns`, and the chunks in order.
+
+    Raises:
+        RecordsError: no such file, another version, or damaged.
+    """
+    *lines, _ = _read(path).split(b"\n")  # a last line without its end is still being written, or was cut off
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RecordsError(f"{path} is damaged in line {number}: no JSON", where=str(path)) from error
+        if not isinstance(row, dict) or (number > 1 and any(type(row.get(name)) is not int for name in IDENTITY)):
+            raise RecordsError(f"{path} is damaged in line {number}: no record of a chunk", where=str(path))
+        rows.append(row)
+    head = rows[0] if rows else {}
+    if head.get("schema") != STAGES_SCHEMA or type(head.get("loop_ns")) is not int:
+        raise RecordsError(f"{path} is not a file of stage records", where=str(path))
+    if head.get("schema_version") != SCHEMA_VERSION:
+        raise RecordsError(
+            f"{path} has version {head.get('schema_version')!r} of the stage records; this tool reads {SCHEMA_VERSION}",
+            where=str(path),
+        )
+    return head["loop_ns"], rows[1:]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise RecordsError(f"{path} is not a plain file", where=str(path))
+        return path.read_bytes()
+    except OSError as error:
+        raise RecordsError(f"{path} cannot be read: {error.strerror}", where=str(path)) from error

@@ -22,9 +22,23 @@ SCHEMA, SCHEMA_VERSION = "tpctl.rank-report", 1
 KEPT_CHUNKS = 20_000
 
 
+def read_clock() -> dict[str, float]:
+    """Now, on each clock that a rank's times are told in."""
+    return {"monotonic_ns": time.monotonic_ns(), "unix_ns": time.time_ns(), "age_s": age_s()}
+
+
+def age_s() -> float:
+    """Seconds since this process was started, imports included."""
+    return time.time() - psutil.Process().create_time()
+
+
 @dataclass
 class RankReport:
-    """Fields of `RUN/ranks/rank{r}.json`. Times in seconds since the process started, sizes in bytes."""
+    """Fields of `RUN/ranks/rank{r}.json`. Times in seconds since the process started, sizes in bytes.
+
+    `clock` anchors them: one moment on this host's monotonic clock, on the wall's, and as the age of the process; in
+    pp also `loop_ns`, when rank 0's loop began, which its chunks' times count from.
+    """
 
     path: Path
     rank: int
@@ -43,6 +57,7 @@ class RankReport:
     chunks: list[dict[str, Any]] = field(default_factory=list)
     account: dict[str, int] | None = None
     outputs: dict[str, str] | None = None
+    clock: dict[str, float] = field(default_factory=read_clock)
     on_move: Callable[[RankState], None] | None = None  # hears of each state as it is reached
 
     def move(self, state: RankState) -> None:
@@ -73,11 +88,6 @@ class RankReport:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(data, indent=1), encoding="utf-8")
         temporary.replace(self.path)
-
-
-def age_s() -> float:
-    """Seconds since this process was started, imports included."""
-    return time.time() - psutil.Process().create_time()
 
 
 def peak_rss_bytes() -> int:

@@ -25,7 +25,7 @@ from engine.wire.envelope import CARRIES, Envelope
 @dataclass(frozen=True)
 class MeshResult:
     """What phase B made of one chunk. `latents_out_BFCHW` is clean; the digests are 0 where their tripwire is off; the
-    cache's indices are in tokens, one for each layer."""
+    cache's indices are in tokens, one for each layer. It began at `began_ns` of this host's monotonic clock."""
 
     latents_out_BFCHW: torch.Tensor
     start_frame: int
@@ -35,6 +35,7 @@ class MeshResult:
     t_b_ms: float
     global_end_index: tuple[int, ...]
     local_end_index: tuple[int, ...]
+    began_ns: int
 
 
 class Stage1:
@@ -71,7 +72,7 @@ class Stage1:
         gate = self.mesh.gate
         gate.phase, gate.ids = Phase.B, plan.ids(call_id)
         self._blackbox.commit("enter B", self.mesh.name, gate.ids)
-        started = time.perf_counter()
+        began_ns = time.monotonic_ns()
         if self.evidence is not None:
             self.evidence.begin(envelope, call_id)
         plan.check(call_id)
@@ -90,9 +91,11 @@ class Stage1:
         self._next_start_frame = plan.current_start_frame + self.config.geometry.frames_per_chunk
         gate.phase = Phase.LINK
         self._blackbox.commit("leave B", self.mesh.name, gate.ids)
-        t_b_ms = (time.perf_counter() - started) * 1e3
+        t_b_ms = (time.monotonic_ns() - began_ns) / 1e6
         indices = tuple(self.kv.global_end_index), tuple(self.kv.local_end_index)
-        return MeshResult(latents_BFCHW, start_frame, self._calls, input_digest, output_digest, t_b_ms, *indices)
+        return MeshResult(
+            latents_BFCHW, start_frame, self._calls, input_digest, output_digest, t_b_ms, *indices, began_ns
+        )
 
     @torch.inference_mode()
     def warm_up(self) -> int:

@@ -5,7 +5,7 @@ CliError(EngineError)     TP-70xx  2  a wrong option or file
 ├── SnapshotError         TP-72xx  2  a snapshot that is foreign, newer than this tool, or damaged
 ├── MatrixError           TP-73xx  2  a matrix file that contradicts itself
 ├── BaselineError         TP-74xx  2  a baseline that cannot be read
-├── RunError              TP-75xx  7  no such run, or none in that directory
+├── RunError              TP-75xx  7  no such run, or none in that directory; TP-780x what a timeline cannot draw
 └── JobError              TP-761x  2  a job that cannot be started, read or asked for this
     ├── NoJobError        TP-760x  7  no such job, or one that does not answer
     └── RefusedError      TP-762x  3  a request that the job refused

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from engine.config import EngineConfig, from_dict
 from engine.errors import ConfigError
+from engine.plan import PP_PLANS
 from engine.referee.parent import named
 from tpctl.drill import table as drilltable
 from tpctl.drill.ranks import Nursery
@@ -27,6 +28,7 @@ from tpctl.matrix.cause import Cause, first_cause
 from tpctl.matrix.metrics import metrics
 from tpctl.matrix.observation import Observation, read_reports
 from tpctl.remains import tail
+from tpctl.trace.files import draw
 from tpctl.verdict import Coverage, Finding, Verdict, worst
 
 ASSETS_DEADLINE_S = 600.0
@@ -42,6 +44,7 @@ class CaseResult:
     metrics: Mapping[str, Any]
     cause: Cause | None = None
     timed_out: bool = False
+    outputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
@@ -65,6 +68,7 @@ class CaseResult:
             "findings": [finding.to_dict() for finding in self.findings],
             "metrics": dict(self.metrics),
             "cause": self.cause.to_dict() if self.cause else None,
+            "outputs": dict(self.outputs),
         }
 
 
@@ -171,7 +175,10 @@ class Runner:
         else:
             found = replace(blank, outcome=outcome, reports=read_reports(directory))
         seen[case.id] = found
-        return self._judge(found)
+        result = self._judge(found)
+        if found.outcome is None or config.plan.tp_plan not in PP_PLANS:
+            return result
+        return replace(result, outputs=draw(directory, f"{case.id}: {case.title}").outputs)
 
     def _judge(self, seen: Observation) -> CaseResult:
         case = seen.case

@@ -1,0 +1,116 @@
+"""`tpctl timeline RUN|JOB`: when everything happened, as a trace for Perfetto and as a picture of the overlap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tpctl import options
+from tpctl.exitcodes import for_verdict
+from tpctl.output import Column, Envelope, Output, Table
+from tpctl.target import TargetArgument, find_target
+from tpctl.trace.events import counts
+from tpctl.trace.files import TIMELINE, write_picture, write_trace
+from tpctl.trace.run import RankLine, Run, read_run
+from tpctl.verdict import Coverage, Finding, Verdict, worst
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+COLUMNS = [
+    Column("rank", "rank", right=True),
+    Column("role", "role"),
+    Column("chunks", "chunks", right=True),
+    Column("slices", "slices", right=True),
+    Column("commitments", "commitments", right=True),
+    Column("clock off by ms", "shift_ms", right=True),
+    Column("+/- ms", "shift_error_ms", narrow=False, right=True),
+    Column("host", "host", narrow=False),
+]
+
+
+@options.command(
+    app,
+    epilog="Examples: tpctl timeline RUN | tpctl timeline RUN --svg overlap.svg | "
+    "tpctl timeline JOB --out job.json --last 50 | tpctl timeline RUN -o json",
+)
+def timeline(
+    out: Output,
+    target: TargetArgument,
+    to: Annotated[
+        Path | None,
+        typer.Option("--out", help="The trace; default: timeline.json in the run directory.", metavar="FILE"),
+    ] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Also draw the overlap.", metavar="FILE")] = None,
+    last: Annotated[int, typer.Option("--last", min=0, help="Only so many of the last chunks; 0 is all.")] = 0,
+) -> None:
+    """Write a run's timeline as a trace that opens in Perfetto (ui.perfetto.dev), and its overlap as a picture."""
+    chosen = find_target(target)
+    run = read_run(chosen.run_dir, last)
+    path = to or chosen.run_dir / TIMELINE
+    title = f"{chosen.name}: {run.tp_plan or 'unknown plan'}"
+    made = write_trace(run, title, path)
+    if svg is not None:
+        write_picture(run, title, svg)
+    rows = [_row(line) for line in run.ranks]
+    found = _findings(run)
+    verdict = worst([Verdict.PASS, *(finding.verdict for finding in found)])
+    coverage = Coverage(sum(not line.problems and bool(line.chunks) for line in run.ranks), len(run.ranks))
+    data: dict[str, Any] = {
+        "run_dir": str(chosen.run_dir),
+        "tp_plan": run.tp_plan,
+        "alive": run.alive,
+        "trace": str(path),
+        "svg": str(svg) if svg is not None else None,
+        "events": counts(made["traceEvents"]),
+        "ranks": rows,
+        "overlap": run.overlap.to_dict() if run.overlap is not None else None,
+    }
+    words = [f"{path}: {', '.join(f'{count} {what}' for what, count in data['events'].items())}"]
+    words += [f"{svg}: the overlap of the stages"] if svg is not None else []
+    words += [f"{finding.verdict}  {finding.message}" for finding in found]
+    steps = tuple(dict.fromkeys(finding.next for finding in found if finding.next))
+    envelope = Envelope("tpctl.timeline", verdict, data, tuple(found), coverage, steps, chosen.name)
+    out.emit(envelope, [Table(COLUMNS, rows)], words)
+    raise typer.Exit(int(for_verdict(verdict)))
+
+
+def _row(line: RankLine) -> dict[str, Any]:
+    known = line.shift.error_ns is not None
+    return {
+        "rank": line.rank,
+        "role": line.role,
+        "host": line.host,
+        "alive": line.alive,
+        "chunks": line.chunks,
+        "slices": len(line.bars),
+        "commitments": len(line.commitments),
+        "shift_ms": line.shift.by_ns / 1e6 if known else None,
+        "shift_error_ms": line.shift.error_ns / 1e6 if line.shift.error_ns is not None else None,
+        "problems": list(line.problems),
+    }
+
+
+def _findings(run: Run) -> list[Finding]:
+    """What is missing from the timeline, and how sure its clocks are."""
+    again = f"tpctl triage {run.run_dir}"
+    found = [Finding("timeline.run", Verdict.UNKNOWN, text, next=again) for text in run.problems]
+    for line in run.ranks:
+        where = f"rank {line.rank}"
+        found += [Finding("timeline.rank", Verdict.UNKNOWN, text, where=where, next=again) for text in line.problems]
+        if not line.chunks and not line.problems:
+            words = f"{where} left no chunk: only its states and commitment points are drawn"
+            found.append(Finding("timeline.rank", Verdict.UNKNOWN, words, where=where))
+        if line.shift.error_ns is None:
+            words = f"nothing binds the clock of {where} ({line.host}) to rank 0's: its times may be off by anything"
+            found.append(Finding("timeline.clock", Verdict.UNKNOWN, words, where=where))
+        elif line.shift.estimated:
+            words = (
+                f"{where} has a clock of its own ({line.host}): moved by {line.shift.by_ns / 1e6:.3f} ms, "
+                f"+/- {line.shift.error_ns / 1e6:.3f} ms, so that no message arrives before it was sent"
+            )
+            found.append(Finding("timeline.clock", Verdict.WARN, words, line.shift.by_ns / 1e6, where=where))
+    if run.alive:
+        words = "the run still goes on: the timeline ends with this moment"
+        found.append(Finding("timeline.run", Verdict.WARN, words))
+    return found
