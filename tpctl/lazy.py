@@ -23,7 +23,7 @@ COMMANDS: tuple[tuple[str, str, str], ...] = (
     ("wait", "tpctl.commands.wait", "Wait until a job is in a state; return at once where it cannot come."),
     ("prompt", "tpctl.commands.prompt", "Give a running job another prompt; the receipt names its chunk."),
     ("cut", "tpctl.commands.cut", "Begin a running job's stream anew, with empty caches."),
-    ("set", "tpctl.commands.set", "Change a running job's bias or recompute."),
+    ("set", "tpctl.commands.set", "Change a running job's bias or recompute; pause it, and let it go on."),
     ("drain", "tpctl.commands.drain", "End a job without loss: finish what is in flight, account for all of it."),
     ("abort", "tpctl.commands.abort", "End a job now, and say what was lost."),
     ("restart", "tpctl.commands.restart", "Drain a job and start it again, as it was configured."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 import time
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.control import MAX_LINE_BYTES, VERSION
+from engine.control import MAX_LINE_BYTES, VERSION, peer_uid
 from tpctl.errors import NoJobError, RefusedError
 from tpctl.exitcodes import ExitCode
 from tpctl.jobs import place
@@ -21,8 +22,10 @@ from tpctl.verdict import Finding, Verdict
 
 ANSWER_S = 5.0
 POLL_S = 0.05
+DONE = ("shown", "held")
 WORDS = {
     "received": "received, and not applied yet",
+    "held": "applied: the stream waits before chunk {chunk_index}",
     "applied": "applied at chunk {chunk_index}, and not seen yet",
     "shown": "applied at chunk {chunk_index}, whose first frame is out",
 }
@@ -36,23 +39,32 @@ IdOption = Annotated[
 
 
 class Line:
-    """A connection to a job.
+    """A connection to a job: to a process of this very user.
 
     Raises:
         NoJobError: nobody listens, or no answer came in time.
         RefusedError: the job refused the request.
     """
 
-    def __init__(self, job: JobDir) -> None:
+    def __init__(self, job: JobDir, timeout_s: float = ANSWER_S) -> None:
         self._job = job
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(ANSWER_S)
+        self._socket.settimeout(timeout_s)
         self._pending = b""
         try:
             self._socket.connect(str(job.socket))
         except OSError as error:
             self._socket.close()
             raise self._silent(f"does not listen: {error.strerror}") from error
+        uid = peer_uid(self._socket)
+        if uid != os.geteuid():
+            self._socket.close()
+            raise RefusedError(
+                f"the control socket of job '{job.name}' is user {uid}'s, not yours",
+                code="TP-7854",
+                evidence={"uid": os.geteuid()},
+                next_step=f"ls -l {job.socket}",
+            )
 
     def __enter__(self) -> Line:
         return self
@@ -92,10 +104,10 @@ def steer(out: Output, name: str, change: dict[str, Any], request_id: str | None
     own_id = request_id or uuid.uuid4().hex
     with Line(job) as line:
         answer = line.ask({"id": own_id, "op": "steer", **change})
-        while answer["state"] != "shown" and time.monotonic() - began < timeout_s:
+        while answer["state"] not in DONE and time.monotonic() - began < timeout_s:
             nap.wait(POLL_S)
             answer = line.ask({"id": own_id, "op": "receipt"})
-    good = answer["state"] == "shown" or timeout_s == 0
+    good = answer["state"] in DONE or timeout_s == 0
     verdict = Verdict.PASS if good else Verdict.UNKNOWN
     words = f"{name}: " + WORDS[answer["state"]].format(**answer)
     step = f"tpctl status {name}"
