@@ -16,7 +16,7 @@ from engine.drain import DrainRequest
 from engine.errors import EngineError, TripwireError
 from engine.lifecycle import Doing, RankExit, RankState
 from engine.records import ChunkRecords, Header
-from engine.report import RankReport
+from engine.report import RankReport, age_s
 from engine.stage1 import MeshResult
 from engine.timeline import Timeline
 from engine.watchdog import Deadline, Watchdog
@@ -122,6 +122,7 @@ class RankContext:
         """Record and end the process from any thread; nothing of the main thread runs again."""
         self.report.error, self.report.exit_code = error.to_record(), error.exit_code
         self.report.state = RankState.ABORTED
+        self.report.times["aborted_s"] = age_s()
         self.blackbox.commit("leave now", "-", {})
         self.blackbox.enter_state(RankState.ABORTED)
         print(f"rank {self.env.rank}: {error.code}: {error.message}", file=sys.stderr, flush=True)
