@@ -20,6 +20,11 @@ COMMANDS: tuple[tuple[str, str, str], ...] = (
     ("up", "tpctl.commands.up", "Start a job, supervised, in the background or in the foreground."),
     ("ps", "tpctl.commands.ps", "List the jobs of this user on this host, and whether each is well."),
     ("status", "tpctl.commands.status", "Do a job's frames advance, and where is each of its ranks."),
+    (
+        "metrics",
+        "tpctl.commands.metrics",
+        "A job's metrics in Prometheus' text format; rules and a dashboard for them.",
+    ),
     ("wait", "tpctl.commands.wait", "Wait until a job is in a state; return at once where it cannot come."),
     ("prompt", "tpctl.commands.prompt", "Give a running job another prompt; the receipt names its chunk."),
     ("cut", "tpctl.commands.cut", "Begin a running job's stream anew, with empty caches."),

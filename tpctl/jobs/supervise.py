@@ -1,4 +1,5 @@
-"""The supervisor of one job: starts its ranks, again if it was told to, and sees them buried. One process, one thread.
+"""The supervisor of one job: starts its ranks, again if it was told to, and sees them buried. One process, one thread;
+where metrics are served, threads that only read.
 
     python -m tpctl.jobs.supervise --job DIR --lock FD --ready FD
 
@@ -75,10 +76,19 @@ class Supervisor:
         self._late = False  # its deadline has passed, and what was to be done then is done
 
     def start(self) -> None:
-        """Take the signals and enter the record. From here on the job is ours."""
+        """Take the signals and enter the record. From here on the job is ours.
+
+        Raises:
+            JobError: its metrics cannot be served where that was asked for.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._count_signal)
-        self._keep(supervisor=Process.of(os.getpid()))
+        port = self.record.metrics_port
+        if port is not None:
+            from tpctl.jobs import metrics  # its library, where it is wanted
+
+            port = metrics.serve(self.job, port)
+        self._keep(supervisor=Process.of(os.getpid()), metrics_port=port)
 
     def run(self) -> JobRecord:
         """Every attempt, to the job's end. Returns the record as it was left."""
