@@ -1,13 +1,15 @@
 """What an operator says to a running job: a unix socket of rank 0, and the requests that wait for their chunk.
 
 One request a line, one answer a line, both JSON of this version:
-    {"v": 1, "id": "...", "op": "steer", "prompt": "...", "cut": true, "bias": 0.5, "recompute": false}  # any of four
+    {"v": 1, "id": "...", "op": "steer", "prompt": "...", "cut": true, "bias": 0.5, "recompute": false, "paused": true}
     {"v": 1, "id": "...", "op": "receipt"}                        # what became of the request of that id
-    {"v": 1, "id": "...", "ok": true, "state": "received" | "applied" | "shown", "chunk_index": 7}
+    {"v": 1, "id": "...", "op": "take-back"}                      # of a drain: the stream goes on, if it still can
+    {"v": 1, "id": "...", "op": "metrics"}                        # answered with their text
+    {"v": 1, "id": "...", "ok": true, "state": "received" | "held" | "applied" | "shown", "chunk_index": 7}
     {"v": 1, "id": "...", "ok": false, "code": "TP-6503", "message": "..."}
 
 A request never touches a process group: it waits until Stage 0 makes its next chunk. A repeated id is answered with
-what became of the first, and does nothing.
+what became of the first, and does nothing. A stream is paused before a chunk, which then waits: `held`.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import selectors
 import socket
 import struct
 import threading
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,12 +35,13 @@ VERSION = 1
 MAX_LINE_BYTES = 64 * 1024
 MAX_UNREAD_BYTES = 256 * 1024  # of answers that a client does not take
 MAX_CLIENTS = 32
-MAX_WAITING = 256
-REMEMBERED = 4096
+MAX_WAITING = 2048  # between two chunks, which a large model makes once in a second or two
+REMEMBERED = 32_768  # at a thousand requests a second half a minute of them
 MAX_PROMPT = 4096
 MAX_DEPTH = 8  # of a request; more is never needed, and the parser recurses
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-STEERS = ("prompt", "cut", "bias", "recompute")
+STEERS = ("prompt", "cut", "bias", "recompute", "paused")
+OPS = ("steer", "receipt", "take-back", "metrics")
 CREDENTIALS = struct.Struct("3i")
 
 
@@ -51,34 +54,70 @@ class ControlError(EngineError):
 
 @dataclass
 class Request:
-    """One accepted request. `state` is received, applied or shown."""
+    """One accepted request. `state` is received, held, applied, shown or taken back; its event is forgotten once it
+    was applied."""
 
-    event: Event
+    event: Event | None = None
     state: str = "received"
     chunk_index: int | None = None
+    text: str | None = None
 
 
 @dataclass
 class Steering:
-    """Requests between the socket's thread, which adds them, and Stage 0's loop, which takes them."""
+    """Requests between the socket's thread, which adds them, and Stage 0's loop, which takes them.
+
+    `take_back` ends a drain, or says why not; `metrics` tells their text. Both are called in the socket's thread.
+    `counts` has every answer, by what was asked and how it went.
+    """
 
     can_recompute: bool = True
+    take_back: Callable[[], str | None] = lambda: "nothing drains here"
+    metrics: Callable[[], str] = lambda: ""
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _paused: bool = False
+    _pauses: list[Request] = field(default_factory=list)  # and the end of pauses: what waits for `holds`
     _known: OrderedDict[str, Request] = field(default_factory=OrderedDict)
     _waiting: list[Request] = field(default_factory=list)
     _applied: list[Request] = field(default_factory=list)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: threading.Condition = field(default_factory=threading.Condition)
 
     def answer(self, line: bytes) -> dict[str, Any]:
         """The answer to one line; never raises for what a client wrote."""
         name: str | None = None
+        op = "other"
         try:
             data = parse(line)
+            op = data["op"] if data.get("op") in OPS else op
             if isinstance(data.get("id"), str) and ID.fullmatch(data["id"]):
                 name = data["id"]
             request = self._handle(data)
         except ControlError as error:
-            return {"v": VERSION, "id": name, "ok": False, "code": error.code, "message": error.message}
-        return {"v": VERSION, "id": name, "ok": True, "state": request.state, "chunk_index": request.chunk_index}
+            self.counts[op, "refused"] += 1
+            return refusal(error.code, error.message, name)
+        self.counts[op, "accepted"] += 1
+        answer = {"v": VERSION, "id": name, "ok": True, "state": request.state, "chunk_index": request.chunk_index}
+        return answer if request.text is None else {**answer, "text": request.text}
+
+    def holds(self, chunk_index: int) -> bool:
+        """Whether the stream is paused before this chunk. Asked by Stage 0's loop before it makes one."""
+        with self._lock:
+            for request in self._pauses:
+                request.state, request.chunk_index = "held" if self._paused else "applied", chunk_index
+            self._applied += [] if self._paused else self._pauses
+            self._pauses = []
+            return self._paused
+
+    def wait(self, timeout_s: float) -> None:
+        """Until the pause may be over, for no longer than this."""
+        with self._lock:
+            if self._paused:
+                self._lock.wait(timeout_s)
+
+    def wake(self) -> None:
+        """End a `wait` now."""
+        with self._lock:
+            self._lock.notify_all()
 
     def take(self, chunk_index: int, planned: Event) -> Event:
         """Everything that waits, on top of what the timeline has for this chunk. Called once a chunk, in order."""
@@ -86,8 +125,8 @@ class Steering:
             taken, self._waiting = self._waiting, []
             event = planned
             for request in taken:
-                event = _over(event, request.event)
-                request.state, request.chunk_index = "applied", chunk_index
+                event = event if request.event is None else _over(event, request.event)
+                request.event, request.state, request.chunk_index = None, "applied", chunk_index
             self._applied += taken
         return event
 
@@ -117,24 +156,51 @@ class Steering:
             if known is None:
                 raise ControlError(f"no request has the id {name}, or it is long ago", code="TP-6504")
             return known
+        if data.get("op") == "metrics":
+            _only(data, ("v", "id", "op"))
+            return Request(state="told", text=self.metrics())
+        if data.get("op") == "take-back":
+            _only(data, ("v", "id", "op"))
+            return self._take_back(name)
         if data.get("op") != "steer":
-            raise ControlError(f"op must be steer or receipt, is {_short(data.get('op'))}", code="TP-6503")
+            raise ControlError(f"op must be one of {', '.join(OPS)}, is {_short(data.get('op'))}", code="TP-6503")
         _only(data, ("v", "id", "op", *STEERS))
-        return self._accept(name, self._event(data))
+        return self._accept(name, self._event(data), data.get("paused"))
 
-    def _accept(self, name: str, event: Event) -> Request:
+    def _accept(self, name: str, event: Event, paused: bool | None) -> Request:
         with self._lock:
             known = self._known.get(name)
             if known is not None:
                 return known
-            if len(self._waiting) >= MAX_WAITING:
+            if len(self._waiting) + len(self._pauses) >= MAX_WAITING:
                 raise ControlError(f"{MAX_WAITING} requests wait for the next chunk already", code="TP-6505")
             request = Request(event)
-            self._known[name] = request
-            self._waiting.append(request)
-            while len(self._known) > REMEMBERED:
-                self._known.popitem(last=False)
+            self._remember(name, request)
+            if paused is not None:
+                self._paused = paused
+                self._lock.notify_all()
+            if event != Event(0):
+                self._waiting.append(request)
+            if paused or event == Event(0):
+                self._pauses.append(request)
             return request
+
+    def _take_back(self, name: str) -> Request:
+        with self._lock:
+            known = self._known.get(name)
+        if known is not None:
+            return known
+        refused = self.take_back()
+        if refused is not None:
+            raise ControlError(refused, code="TP-7850")
+        with self._lock:
+            return self._remember(name, Request(state="taken back"))
+
+    def _remember(self, name: str, request: Request) -> Request:
+        self._known[name] = request
+        while len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return request
 
     def _event(self, data: Mapping[str, Any]) -> Event:
         said = {key: data[key] for key in STEERS if key in data}
@@ -147,7 +213,7 @@ class Steering:
             raise ControlError("prompt has half a surrogate pair, which is no text", code="TP-6503")
         if "bias" in said and (isinstance(bias, bool) or not isinstance(bias, int | float) or not 0 < bias <= 1):
             raise ControlError(f"bias must be in (0, 1], is {_short(bias)}", code="TP-6503")
-        for key in ("cut", "recompute"):
+        for key in ("cut", "recompute", "paused"):
             if key in said and not isinstance(said[key], bool):
                 raise ControlError(f"{key} must be true or false, is {_short(said[key])}", code="TP-6503")
         if said.get("recompute") and not self.can_recompute:
@@ -174,6 +240,11 @@ def parse(line: bytes) -> dict[str, Any]:
     return data
 
 
+def refusal(code: str, message: str, name: str | None = None) -> dict[str, Any]:
+    """The answer to a request that is refused."""
+    return {"v": VERSION, "id": name, "ok": False, "code": code, "message": message}
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(name)
 
@@ -196,6 +267,12 @@ def _over(below: Event, above: Event) -> Event:
         above.bias if above.bias is not None else below.bias,
         above.recompute if above.recompute is not None else below.recompute,
     )
+
+
+def peer_uid(connected: socket.socket) -> int:
+    """The user at the other end of a unix socket, as the kernel knows it."""
+    _, uid, _ = CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
+    return int(uid)
 
 
 class SteeredTimeline(Timeline):
@@ -269,12 +346,17 @@ class ControlSocket:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             client, _ = self._server.accept()
-            raw = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-            _, uid, _ = CREDENTIALS.unpack(raw)
-            if uid != os.geteuid() or len(self._in) >= MAX_CLIENTS:
-                client.close()
-                return
+            uid = peer_uid(client)
             client.setblocking(False)
+            if uid != os.geteuid() or len(self._in) >= MAX_CLIENTS:
+                answer = (
+                    refusal("TP-7852", f"user {uid} has no say here")
+                    if uid != os.geteuid()
+                    else refusal("TP-7853", f"{MAX_CLIENTS} connections are open already")
+                )
+                with client:
+                    client.send(json.dumps(answer).encode() + b"\n")
+                return
             self._in[client], self._out[client] = bytearray(), bytearray()
             self._selector.register(client, selectors.EVENT_READ)
 
@@ -315,8 +397,7 @@ class ControlSocket:
 
     def _answer(self, line: bytes) -> dict[str, Any]:
         if len(line) > MAX_LINE_BYTES:
-            message = f"a request may have {MAX_LINE_BYTES} bytes at most"
-            return {"v": VERSION, "id": None, "ok": False, "code": "TP-6508", "message": message}
+            return refusal("TP-6508", f"a request may have {MAX_LINE_BYTES} bytes at most")
         return self._steering.answer(line)
 
     def _drop(self, client: socket.socket) -> None:

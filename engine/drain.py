@@ -23,11 +23,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class DrainRequest:
     """Set by the first signal. `on_first` and `on_second` get its name and run in the reader's thread.
 
+    Until the loop begins it, which is its point of no return, it can be taken back; `on_taken_back` hears of that.
     Make it in the main thread, once in a process: it takes the process' signal handlers.
     """
 
-    def __init__(self, on_first: Callable[[str], None], on_second: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        on_first: Callable[[str], None],
+        on_second: Callable[[str], None],
+        on_taken_back: Callable[[], None] = lambda: None,
+    ) -> None:
         self._requested = threading.Event()
+        self._begun = False
+        self._turn = threading.Lock()
+        self._on_taken_back = on_taken_back
         self._on_first = on_first
         self._on_second = on_second
         self._reader, self._writer = os.pipe()
@@ -41,17 +50,36 @@ class DrainRequest:
     def requested(self) -> bool:
         return self._requested.is_set()
 
+    def begin(self, ended: bool = False) -> bool:
+        """At the end of a chunk, by the loop: whether to drain now (or, `ended`, that the stream ends by itself)."""
+        with self._turn:
+            self._begun = self._begun or ended or self._requested.is_set()
+            return self._begun
+
+    def take_back(self) -> str | None:
+        """Forget the request, and let the stream go on. Returns why not, where that cannot be."""
+        with self._turn:
+            if self._begun:
+                return "it is past its point of no return: what was in flight is done, and the ranks leave"
+            if not self._requested.is_set():
+                return "no drain is under way"
+            self._requested.clear()
+            self._on_taken_back()
+            return None
+
     def _read(self) -> None:
         while True:
             for number in os.read(self._reader, 16):
                 if number not in SIGNALS:
                     continue
                 name = signal.Signals(number).name
-                if self._requested.is_set():
+                with self._turn:
+                    second = self._requested.is_set()
+                    if not second:
+                        self._requested.set()
+                        self._on_first(name)
+                if second:
                     self._on_second(name)
-                else:
-                    self._requested.set()
-                    self._on_first(name)
 
 
 @dataclass(frozen=True)

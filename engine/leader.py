@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.comm.transport import BroadcastLink
 from engine.errors import CallCountError, EngineError, PreflightError, SinkError
-from engine.lifecycle import RankExit, RankState
+from engine.lifecycle import Doing, RankExit, RankState
 from engine.materials import Materials
 from engine.rank import RankContext
 from engine.record import Clock, chunk_record
@@ -38,14 +38,16 @@ def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: M
         stage0 = Stage0(config, context.timeline, materials)
         clock = Clock()
         for _ in range(config.run.chunks) if config.run.chunks else itertools.count():
-            if context.drain.requested:
+            if not context.goes_on(stage0.chunk_index + 1, lambda: heartbeat.failure is None, clock.turn):
                 break
             if heartbeat.failure is not None:
                 peers_wait = False
                 raise heartbeat.failure
+            context.doing(Doing.PREPARE)
             context.count("accepted")
             envelope = stage0.step()
             clock.mark("t_a_ms")
+            context.doing(Doing.MESH)
             with heartbeat.hold():
                 call_id = link.next_call_id()
                 frame = prepare_infer(stage0.for_link(envelope), call_id, link)
@@ -57,12 +59,15 @@ def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: M
                     result = stage1.step(envelope, call_id)
                 peers_wait = True
             clock.mark("t_b_ms")
+            context.doing(Doing.DECODE)
             pixels_THWC = stage0.accept(result.latents_out_BFCHW, envelope.plan)
+            context.doing(Doing.SINK)
             sinks.write(pixels_THWC.numpy(), envelope.plan.chunk_index, envelope.prompt or "")
             context.emitted(envelope.plan.chunk_index)
             recorder.keep(envelope.plan.chunk_index, result.latents_out_BFCHW, pixels_THWC)
             clock.mark("t_c_ms")
             context.keep(chunk_record(envelope, call_id, result, clock.turn()), result)
+        context.drain.begin(ended=True)
         report.move(RankState.DRAINING)
         report.outputs = {kind: str(path) for kind, path in sinks.close().items()}
         sinks = None

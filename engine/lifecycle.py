@@ -31,6 +31,18 @@ class RankState(StrEnum):
     ABORTED = "aborted"
 
 
+class Doing(StrEnum):
+    """What rank 0's loop is at: what the mesh waits for, unless it is the mesh itself."""
+
+    NOTHING = ""
+    SOURCE = "source"
+    PREPARE = "phase A"
+    MESH = "mesh"
+    DECODE = "phase C"
+    SINK = "sink"
+    PAUSED = "paused"
+
+
 TRANSITIONS: dict[RankState, frozenset[RankState]] = {
     RankState.STARTING: frozenset({RankState.JOINING}),
     RankState.JOINING: frozenset({RankState.LOADING}),

@@ -135,6 +135,12 @@ class Comms:
             self._stream.receive([arrival.result.latents_out_BFCHW], arrival.made)
         return arrival, fate
 
+    def well(self) -> bool:
+        """True. Raises EngineError: whatever ended the comms thread."""
+        with self._changed:
+            self._raise_failure()
+        return True
+
     def depths(self) -> tuple[int, int]:
         """Envelopes in `d_in`, results in `d_out`."""
         with self._changed:

@@ -18,7 +18,7 @@ from engine import tripwires
 from engine.comm.p2p import Stage0End
 from engine.comm.topology import Groups
 from engine.errors import EngineError, TripwireError
-from engine.lifecycle import RankExit, RankState
+from engine.lifecycle import Doing, RankExit, RankState
 from engine.materials import Materials
 from engine.measures import overlap, stages
 from engine.overlap import Arrival, Comms
@@ -87,14 +87,21 @@ class Pipeline:
             recorder = Recorder(self.context.run_dir, config.run.record_latents)
             directory = Path(config.sink.directory) if config.sink.directory else self.context.run_dir
             sinks = open_sinks(config.sink, directory, height=config.geometry.height, width=config.geometry.width)
-            self._feed()
-            while self._flying:
+            while True:
+                self._feed()
+                if not self._flying:
+                    if self._ended() or not self.context.goes_on(
+                        self.stage0.chunk_index + 1, self.comms.well, self._resumed
+                    ):
+                        break
+                    continue
+                self.context.doing(Doing.MESH)
                 arrival, fate = self.comms.take(lambda: self.stage0.cache_epoch)
                 if fate is Fate.ACCEPTED:
                     self._emit(arrival, sinks, recorder)
                 else:
                     self._drop(arrival.result, fate)
-                self._feed()
+            self.context.drain.begin(ended=True)
             report.move(RankState.DRAINING)
             report.outputs = {kind: str(path) for kind, path in sinks.close().items()}
             sinks = None
@@ -111,6 +118,7 @@ class Pipeline:
     def _feed(self) -> None:
         """Phase A of as many chunks as may go out now."""
         while self._may_feed():
+            self.context.doing(Doing.PREPARE)
             tA0_ms = self._now_ms()
             envelope = self.stage0.step()
             self.context.count("accepted")
@@ -118,10 +126,14 @@ class Pipeline:
             self._flying[plan.chunk_index] = Flight(plan, envelope.prompt or "", tA0_ms, self._now_ms())
             self.comms.put(self.stage0.for_link(envelope))
 
+    def _ended(self) -> bool:
+        return 0 < self.context.config.run.chunks <= self.stage0.chunk_index + 1
+
     def _may_feed(self) -> bool:
-        config = self.context.config
-        ended = 0 < config.run.chunks <= self.stage0.chunk_index + 1
-        if ended or self.context.drain.requested or not self.comms.room():
+        config, steering = self.context.config, self.context.steering
+        if self._ended() or self.context.drain.requested or not self.comms.room():
+            return False
+        if steering is not None and steering.holds(self.stage0.chunk_index + 1):
             return False
         following = self.stage0.next_chunk()
         if following.recompute and self._flying:
@@ -140,14 +152,17 @@ class Pipeline:
         stage0.remember(latents_BFCHW, flight.plan)
         first = self._decoded_before_feed(latents_BFCHW.shape[1])
         self._emitting = True
+        self.context.doing(Doing.DECODE)
         pixels = [stage0.develop(latents_BFCHW[:, :first])] if first else []
         tFeed_ms = self._now_ms()
         self._feed()
         inside_ms = self._now_ms() - tFeed_ms
+        self.context.doing(Doing.DECODE)
         if first < latents_BFCHW.shape[1]:
             pixels.append(stage0.develop(latents_BFCHW[:, first:]))
         self._emitting = False
         pixels_THWC = torch.cat(pixels)
+        self.context.doing(Doing.SINK)
         sinks.write(pixels_THWC.numpy(), result.chunk_index, flight.prompt)
         self.context.emitted(result.chunk_index)
         recorder.keep(result.chunk_index, latents_BFCHW, pixels_THWC)
@@ -165,9 +180,10 @@ class Pipeline:
         self.context.blackbox.commit(f"drop {fate.value}", "pp_pg", result.ids())
         if fate is Fate.STALE:
             self.stage0.forget(self._flying.pop(result.chunk_index).plan)
-            self.context.count("dropped")
+            self.context.dropped("stale")
         else:
             self._repeats += 1
+            self.context.dropped("repeated", counted=False)
             self.context.warn(
                 f"{self._repeats} result(s) came twice and were dropped; the last for chunk {result.chunk_index}"
             )
@@ -242,7 +258,7 @@ class Pipeline:
         }
         record |= stages(record, self._last_emit_ms)
         self._last_emit_ms = tEmit_ms
-        self.context.report.keep(record)
+        self.context.keep_record(record)
         self._stages.add(record)
 
     def _report_overlap(self) -> None:
@@ -254,6 +270,10 @@ class Pipeline:
             "d_out": pipeline.d_out,
             "repeated_results": self._repeats,
         }
+
+    def _resumed(self) -> None:
+        """A pause is no part of a chunk's period."""
+        self._last_emit_ms = self._now_ms()
 
     def _now_ms(self) -> float:
         return (time.monotonic() - self._began_s) * 1e3

@@ -24,6 +24,11 @@ def canonical_plan(name: str) -> str:
     return ALIASES.get(name, name)
 
 
+def due(every: int, chunk_index: int) -> bool:
+    """Whether a check with this cadence, in chunks, comes in this chunk; 0 is off."""
+    return every > 0 and chunk_index >= 0 and chunk_index % every == 0
+
+
 def expected_generator_calls(do_kv_recompute: bool, num_denoise_steps: int, clean_pass: bool = False) -> int:
     """Generator calls of one chunk: the recompute call, one a step, and the optional clean pass at t = 0."""
     return int(do_kv_recompute) + num_denoise_steps + int(clean_pass)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.blackbox import BlackBox
 from engine.config import EngineConfig, RankEnv
 from engine.control import Steering
 from engine.drain import DrainRequest
 from engine.errors import EngineError, TripwireError
-from engine.lifecycle import RankExit, RankState
+from engine.lifecycle import Doing, RankExit, RankState
 from engine.records import ChunkRecords, Header, StageRecords
-from engine.report import RankReport
+from engine.report import RankReport, age_s
 from engine.stage1 import MeshResult
 from engine.timeline import Timeline
 from engine.watchdog import Deadline, Watchdog
 
+if TYPE_CHECKING:  # its library is loaded where somebody listens
+    from engine.metrics import StreamMetrics
+
+# The longest that a paused loop does not look at its peers.
+REST_S = 0.2
 STREAMING = (RankState.RUNNING, RankState.DRAINING, RankState.SHUTDOWN)
 
 
@@ -34,10 +40,11 @@ class RankContext:
     timeline: Timeline
     blackbox: BlackBox
     steering: Steering | None = None
+    metrics: StreamMetrics | None = None
 
     def __post_init__(self) -> None:
         self.watchdog = Watchdog(self._expired)
-        self.drain = DrainRequest(self._first_signal, self._second_signal)
+        self.drain = DrainRequest(self._first_signal, self._second_signal, self._drain_taken_back)
 
     def open_records(self, job: str) -> None:
         """Once, when the job has its name; a rank that ends earlier made no chunk."""
@@ -52,8 +59,45 @@ class RankContext:
 
     def keep(self, record: dict[str, Any], result: MeshResult) -> None:
         """One chunk, for the report and for the chunk records."""
-        self.report.keep(record)
+        self.keep_record(record)
         self.records.append(record, result.global_end_index, result.local_end_index)
+
+    def keep_record(self, record: dict[str, Any]) -> None:
+        """One chunk, for the report and, on rank 0, for the metrics."""
+        self.report.keep(record)
+        if self.metrics is not None:
+            self.metrics.chunk(record)
+
+    def doing(self, doing: Doing) -> None:
+        """What the loop is at from now on: on rank 0 the thing that the mesh waits for."""
+        self.blackbox.enter_doing(doing)
+
+    def goes_on(self, chunk_index: int, well: Callable[[], bool], resumed: Callable[[], object]) -> bool:
+        """Whether to make this chunk, or to drain. Waits while the operator holds the stream before it.
+
+        Args:
+            well: asked while it waits; False ends the wait, for the caller to find out why.
+            resumed: called when a pause is over.
+        """
+        while not self.drain.begin():
+            steering = self.steering
+            if steering is None or not steering.holds(chunk_index):
+                return True
+            self.doing(Doing.PAUSED)
+            while steering.holds(chunk_index) and not self.drain.requested:
+                if not well():
+                    return True
+                steering.wait(REST_S)
+            self.blackbox.resume()
+            resumed()
+        return False
+
+    def dropped(self, reason: str, counted: bool = True) -> None:
+        """A result that is not emitted; `counted` unless its chunk has another fate."""
+        if counted:
+            self.count("dropped")
+        if self.metrics is not None:
+            self.metrics.dropped(reason)
 
     def open_account(self) -> dict[str, int]:
         """On rank 0, once: accepted = emitted + dropped + abandoned, in every ending."""
@@ -83,6 +127,7 @@ class RankContext:
         """Record and end the process from any thread; nothing of the main thread runs again."""
         self.report.error, self.report.exit_code = error.to_record(), error.exit_code
         self.report.state = RankState.ABORTED
+        self.report.times["aborted_s"] = age_s()
         self.blackbox.commit("leave now", "-", {})
         self.blackbox.enter_state(RankState.ABORTED)
         print(f"rank {self.env.rank}: {error.code}: {error.message}", file=sys.stderr, flush=True)
@@ -110,6 +155,12 @@ class RankContext:
             budget_s = self.config.liveness.drain_deadline_s
             print(f"rank 0: {name}: draining, {budget_s:g} s at most", file=sys.stderr, flush=True)
             self.watchdog.arm("the drain", budget_s, RankExit.PHASE_BUDGET)
+            if self.steering is not None:
+                self.steering.wake()
+
+    def _drain_taken_back(self) -> None:
+        self.watchdog.disarm("the drain")
+        print("rank 0: the drain is taken back: the stream goes on", file=sys.stderr, flush=True)
 
     def _second_signal(self, name: str) -> None:
         self._abort(name, "a second time: abort")

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from engine.blackbox import start_ticks
 from engine.errors import EngineError
 from engine.lifecycle import RankState, can_move
 
@@ -28,8 +29,8 @@ def read_clock() -> dict[str, float]:
 
 
 def age_s() -> float:
-    """Seconds since this process was started, imports included."""
-    return time.time() - psutil.Process().create_time()
+    """Seconds since this process was started, imports included; a wall clock that is set does not move it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks(os.getpid()) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass

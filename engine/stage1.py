@@ -16,7 +16,7 @@ from engine.evidence import Evidence
 from engine.model.dit import DiT
 from engine.model.kv_cache import CrossAttnCache, KVCache
 from engine.model.scheduler import FlowMatchScheduler
-from engine.plan import V1, ChunkPlan
+from engine.plan import V1, ChunkPlan, due
 from engine.wire.envelope import CARRIES, Envelope
 
 # Shape legend: B batch (1), F latent frames of a chunk, K context frames, C latent channels, H W latent size.
@@ -137,10 +137,10 @@ class Stage1:
         """
         plan, cadence, ranks = envelope.plan, self.config.tripwires, self.mesh.members
         digest = 0
-        if _due(cadence.input_digest_every, plan.chunk_index):
+        if due(cadence.input_digest_every, plan.chunk_index):
             digest = tripwires.digest(envelope.tensors, (plan,))
         changed = -1
-        if _due(cadence.fingerprint_every, plan.chunk_index) or (cadence.fingerprint_every and plan.init_cache):
+        if due(cadence.fingerprint_every, plan.chunk_index) or (cadence.fingerprint_every and plan.init_cache):
             changed = self.guard.check()
         rows = self._gather([plan.computed_calls(), plan.current_start_frame, digest, changed])
         inputs = tripwires.compare("input digest", "meta and tensors", rows[2], ranks, "FM-30")
@@ -263,10 +263,10 @@ class Stage1:
         """
         ids, ranks, cadence = self.mesh.gate.ids, self.mesh.members, self.config.tripwires
         digest = 0
-        if _due(cadence.output_digest_every, plan.chunk_index):
+        if due(cadence.output_digest_every, plan.chunk_index):
             digest = tripwires.digest({"latents_out": latents_BFCHW})
         cache = [0] * len(tripwires.LIFECYCLE)
-        if _due(cadence.kv_digest_every, plan.chunk_index):
+        if due(cadence.kv_digest_every, plan.chunk_index):
             cache = tripwires.lifecycle(plan, ids["call_id"], self.kv.global_end_index[0], self.kv.local_end_index[0])
         finite = torch.stack([*self._finite, tripwires.finite(latents_BFCHW)]).tolist()
         first_bad = finite.index(False) + 1 if False in finite else 0
@@ -309,10 +309,6 @@ class Stage1:
         """One int64 all_gather on the CPU: a list over ranks for each value."""
         parts = self.mesh.all_gather(torch.tensor(values, dtype=torch.int64))
         return torch.stack(parts).T.tolist()
-
-
-def _due(every: int, chunk_index: int) -> bool:
-    return every > 0 and chunk_index >= 0 and chunk_index % every == 0
 
 
 def _tensor(envelope: Envelope, name: str) -> torch.Tensor:

@@ -130,7 +130,11 @@ class Worker:
         """On rank 0, once, before `run`: from here on an operator's requests wait for the stream's next chunk."""
         geometry = self.config.geometry
         enough = geometry.window_frames >= geometry.frames_per_chunk + geometry.context_frames
-        steering = self.context.steering = Steering(can_recompute=enough)
+        from engine.metrics import StreamMetrics
+
+        metrics = self.context.metrics = StreamMetrics(self.config, self.report.chunks)
+        steering = self.context.steering = Steering(enough, self.context.drain.take_back, metrics.text)
+        metrics.count_requests(steering.counts)
         self.context.timeline = SteeredTimeline(self.context.timeline, steering)
         return ControlSocket(path, steering)
 

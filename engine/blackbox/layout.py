@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from engine.errors import EngineError
-from engine.lifecycle import RankState
+from engine.lifecycle import Doing, RankState
 
 MAGIC = b"TPCTLBB1"
 VERSION = 2
@@ -16,8 +16,10 @@ STATE, STATE_NS, INSIDE, COMMITS, COLLECTIVES, GROUPS, PHASE, COUNTS = 0, 1, 2, 
 GROUP_SLOTS = 8
 # Words after the live ones: the account of the stream, on the rank that keeps it. Zeros: nothing yet.
 ACCEPTED, EMITTED, DROPPED, EMIT_NS, PERIOD_NS = 16, 17, 18, 19, 20
+# What its loop is at, since when, and when a pause ended last.
+DOING, DOING_NS, RESUMED_NS = 21, 22, 23
 STREAM_OFFSET = LIVE_OFFSET + 8 * ACCEPTED
-STREAM = struct.Struct("<5Q")
+STREAM = struct.Struct("<8Q")
 WORDS_BYTES = 192  # live and stream words; the rest is reserved
 LIVE = struct.Struct(f"<6Q16s{GROUP_SLOTS}Q")
 GROUP_OFFSET = 256
@@ -34,6 +36,7 @@ ENTRY = struct.Struct("<QQQqqq")
 SIGNATURE = struct.Struct("<Q16s16s40s")
 SITE = struct.Struct("<I56s")
 STATES = tuple(RankState)
+DOINGS = tuple(Doing)
 
 
 class BlackBoxError(EngineError):

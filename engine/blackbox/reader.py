@@ -11,6 +11,7 @@ from engine.blackbox.layout import (
     COLLECTIVE,
     COMMIT,
     CRC,
+    DOINGS,
     FILE,
     GROUP,
     GROUP_BYTES,
@@ -25,7 +26,7 @@ from engine.blackbox.layout import (
     VERSION,
     BlackBoxError,
 )
-from engine.lifecycle import RankState
+from engine.lifecycle import Doing, RankState
 
 # A running rank may write while we copy; a file that is still inconsistent after so many copies is damaged.
 TRIES = 5
@@ -86,13 +87,17 @@ class Live:
 
 @dataclass(frozen=True)
 class Stream:
-    """The account of the stream so far, and when the last chunk was emitted (0: never; this host's monotonic clock)."""
+    """The account of the stream so far, when the last chunk was emitted (0: never; this host's monotonic clock), and
+    what rank 0's loop is at since when."""
 
     accepted: int
     emitted: int
     dropped: int
     emit_ns: int
     period_ns: int
+    doing: Doing = Doing.NOTHING
+    doing_ns: int = 0
+    resumed_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -207,8 +212,16 @@ class Box:
         return Live(STATES[state], state_ns, inside, commits, collectives, groups, _text(phase), tuple(counts[:groups]))
 
     def stream(self) -> Stream:
-        """What rank 0 says of the stream; zeros on every other rank."""
-        return Stream(*STREAM.unpack(self._pread(STREAM.size, STREAM_OFFSET)))
+        """What rank 0 says of the stream; zeros on every other rank.
+
+        Raises:
+            BlackBoxError: it makes no sense.
+        """
+        words = STREAM.unpack(self._pread(STREAM.size, STREAM_OFFSET))
+        accepted, emitted, dropped, emit_ns, period_ns, doing, doing_ns, resumed_ns = words
+        if doing >= len(DOINGS):
+            raise self._refuse("has damaged stream words")
+        return Stream(accepted, emitted, dropped, emit_ns, period_ns, DOINGS[doing], doing_ns, resumed_ns)
 
     def last_commitment(self) -> Commitment | None:
         """The newest commitment point; None before the first, or while it is being written over."""

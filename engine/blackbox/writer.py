@@ -17,6 +17,9 @@ from engine.blackbox.layout import (
     COMMITS,
     COUNTS,
     CRC,
+    DOING,
+    DOING_NS,
+    DOINGS,
     DROPPED,
     EMIT_NS,
     EMITTED,
@@ -34,6 +37,7 @@ from engine.blackbox.layout import (
     MAX_RANK,
     PERIOD_NS,
     PHASE,
+    RESUMED_NS,
     SIGNATURE,
     SITE,
     STATE,
@@ -43,7 +47,7 @@ from engine.blackbox.layout import (
     WORDS_BYTES,
     BlackBoxError,
 )
-from engine.lifecycle import RankState
+from engine.lifecycle import Doing, RankState
 
 # Looked up once: these stand on the path of every collective.
 COLLECTIVE_BYTES = COLLECTIVE.size
@@ -63,6 +67,7 @@ class BlackBox:
         self._slots = slots
         self._commits = 0
         self._collectives = 0
+        self._resumed = False
         self._collectives_offset = HEADER_BYTES + slots * COMMIT.size
         self._names: dict[str, bytes] = {}
         self._groups: dict[tuple[str, tuple[int, ...]], int] = {}
@@ -162,11 +167,23 @@ class BlackBox:
         offset = LIVE_OFFSET + 8 * PHASE
         self._map[offset : offset + 16] = self._name(phase).ljust(16, b"\0")
 
+    def enter_doing(self, doing: Doing) -> None:
+        """What this rank's loop is at from now on."""
+        self._words[DOING] = DOINGS.index(doing)
+        self._words[DOING_NS] = monotonic_ns()
+
+    def resume(self) -> None:
+        """A pause is over: it belongs to no chunk's period."""
+        self._resumed = True
+        self._words[RESUMED_NS] = monotonic_ns()
+
     def count(self, fate: str) -> None:
         """One more chunk accepted, emitted or dropped; of an emitted one also when, and how long after the last."""
         if fate == "emitted":
             now_ns, last_ns = monotonic_ns(), self._words[EMIT_NS]
-            self._words[PERIOD_NS] = now_ns - last_ns if last_ns else 0
+            if not self._resumed:
+                self._words[PERIOD_NS] = now_ns - last_ns if last_ns else 0
+            self._resumed = False
             self._words[EMIT_NS] = now_ns
         self._words[FATES[fate]] += 1
 

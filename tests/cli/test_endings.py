@@ -15,6 +15,7 @@ from engine.config import EngineConfig
 from tests.cli.conftest import validated
 from tests.cli.jobs import DEADLINE_S, data_of, nap, sets, state, tag_of, until
 from tpctl.jobs import place, start
+from tpctl.jobs.order import Kind, read_order
 from tpctl.jobs.process import Process
 from tpctl.launch.local import tagged
 
@@ -34,6 +35,8 @@ def test_a_drain_under_load_loses_nothing_and_its_receipt_says_so(cli, state):
     assert len(planned["blockers"]) == 2
     assert data_of(cli, "status", "load")["state"] == "running"
 
+    a_drain_is_taken_back_on_demand_and_at_its_deadline(cli, data_of(cli, "status", "load")["ranks"][1]["pid"])
+
     done = cli("drain", "load", "-o", "json")
     assert done.exit_code == 0, done.stdout
     receipt = validated(done.stdout)["data"]
@@ -41,12 +44,17 @@ def test_a_drain_under_load_loses_nothing_and_its_receipt_says_so(cli, state):
     assert account["accepted"] == account["emitted"] >= 2
     assert receipt["balanced"]
     assert receipt["exit_codes"] == {"0": 0, "1": 0}
-    assert [phase["name"] for phase in receipt["phases"]] == ["draining", "shutdown", "exited"]
+    assert [phase["name"] for phase in receipt["phases"]] == ["in flight", "draining", "shutdown", "exited"]
     moments = [phase["t_s"] for phase in receipt["phases"]]
     assert moments == sorted(moments)
-    assert -0.1 < moments[0] < 30
+    assert moments[0] == 0
+    assert moments[-1] < 30
+    assert [phase["budget_s"] for phase in receipt["phases"]] == [21.0, 4.5, 4.5, None]
     assert receipt["leftovers"] == receipt["blockers"] == receipt["abandoned_chunks"] == []
 
+    late = cli("drain", "load", "--cancel")
+    assert late.exit_code == 3
+    assert "cannot be taken back: it is over: drained" in late.stderr
     again = cli("drain", "load", "-o", "json")
     assert again.exit_code == 0
     assert validated(again.stdout)["data"] == receipt
@@ -54,6 +62,40 @@ def test_a_drain_under_load_loses_nothing_and_its_receipt_says_so(cli, state):
     never = cli("wait", "load", "--for", "running", "-o", "json")
     assert never.exit_code == 3
     assert validated(never.stdout)["data"]["waited_s"] < 5
+
+
+def a_drain_is_taken_back_on_demand_and_at_its_deadline(cli, pid: int) -> None:
+    """A mesh that is stopped keeps each drain from its point of no return."""
+    nobody = cli("drain", "load", "--cancel")
+    assert nobody.exit_code == 3
+    assert "no drain is under way" in nobody.stderr
+    os.kill(pid, signal.SIGSTOP)
+    command = [sys.executable, "-m", "tpctl", "drain", "load", "-o", "json"]
+    asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    end = time.monotonic() + DEADLINE_S
+    while (found := read_order(place.find("load").order)) is None or found.kind is not Kind.DRAIN:
+        assert time.monotonic() < end
+        nap.wait(0.02)
+    cancelled = cli("drain", "load", "--cancel")
+    assert cancelled.exit_code == 0, cancelled.stderr
+    said, _ = asked.communicate(timeout=DEADLINE_S)
+    assert asked.returncode == 3
+    receipt = validated(said.decode())["data"]
+    assert receipt["taken_back"]
+    assert receipt["ending"] is None
+    assert receipt["account"]["accepted"] == receipt["account"]["emitted"] + receipt["account"]["in_flight"]
+    os.kill(pid, signal.SIGCONT)
+    assert data_of(cli, "prompt", "load", "it goes on")["state"] == "shown"
+
+    os.kill(pid, signal.SIGSTOP)
+    done = cli("drain", "load", "--deadline", "0.5", "--on-deadline", "resume", "-o", "json")
+    assert done.exit_code == 6, done.stdout
+    receipt = validated(done.stdout)["data"]
+    assert receipt["taken_back"]
+    assert "blocked by rank 1: running, stopped by a signal" in receipt["why"]
+    assert "in flight takes longer than its 0.35 s; rank 1" in done.stderr
+    os.kill(pid, signal.SIGCONT)
+    assert data_of(cli, "prompt", "load", "and on")["state"] == "shown"
 
 
 def test_a_wedged_job_is_aborted_at_the_deadline_which_its_receipt_says(cli, state):
@@ -84,7 +126,9 @@ def test_a_wedged_job_is_aborted_at_the_deadline_which_its_receipt_says(cli, sta
     receipt = validated(done.stdout)["data"]
     assert receipt["ending"] == "aborted"
     assert receipt["deadline_s"] == 6
-    assert "longer than 6 s" in receipt["why"]
+    assert "longer than 6 s; blocked by rank 1: running, stopped by a signal" in receipt["why"]
+    assert receipt["phases"][0]["late"]
+    assert receipt["phases"][-1]["name"] == "aborted"
     account = receipt["account"]
     assert receipt["balanced"]
     assert account["accepted"] == account["emitted"] + account["abandoned"]

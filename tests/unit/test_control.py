@@ -6,6 +6,7 @@ import json
 import random
 import socket
 import stat
+import threading
 
 import pytest
 
@@ -83,6 +84,50 @@ def test_the_event_of_a_chunk_is_fixed_when_it_is_asked_for_first():
     assert timeline.at(2) == Event(2)
 
 
+def test_a_pause_holds_the_chunk_that_its_receipt_names_and_what_is_steered_meanwhile_waits():
+    steering = Steering()
+    assert not steering.holds(4)
+    assert steering.answer(line(id="p", prompt=None, paused=True))["state"] == "received"
+    assert steering.holds(5)
+    assert (steering.answer(receipt("p"))["state"], steering.answer(receipt("p"))["chunk_index"]) == ("held", 5)
+    steering.answer(line(id="q"))
+    assert steering.answer(receipt("q"))["state"] == "received"
+    assert steering.answer(line(id="r", prompt=None, paused=False))["state"] == "received"
+    assert not steering.holds(5)
+    assert steering.take(5, Event(5)) == Event(5, "a fox")
+    steering.shown(5)
+    assert [steering.answer(receipt(name))["state"] for name in "pqr"] == ["held", "shown", "shown"]
+    assert steering.answer(receipt("r"))["chunk_index"] == 5
+    steering.answer(line(id="s", paused=True))
+    assert steering.holds(6)
+    assert steering.answer(receipt("s"))["state"] == "held"
+    assert steering.take(6, Event(6)) == Event(6, "a fox")  # once the pause is over
+    assert steering.answer(receipt("s"))["state"] == "applied"
+
+
+def test_a_pause_ends_the_wait_of_the_loop_when_it_ends():
+    steering = Steering()
+    steering.answer(line(id="p", prompt=None, paused=True))
+    loop = threading.Thread(target=steering.wait, args=(60.0,))
+    loop.start()
+    steering.answer(line(id="r", prompt=None, paused=False))
+    loop.join(30)
+    assert not loop.is_alive()
+
+
+def test_a_drain_is_taken_back_once_and_a_refusal_says_why():
+    said = ["it is past its point of no return", None]
+    asked = []
+    steering = Steering(take_back=lambda: asked.append(1) or said.pop())
+    order = json.dumps({"v": 1, "id": "d", "op": "take-back"}).encode()
+    assert steering.answer(order)["state"] == "taken back"
+    assert steering.answer(order)["state"] == "taken back"
+    assert len(asked) == 1
+    refused = steering.answer(order.replace(b'"d"', b'"e"'))
+    assert (refused["ok"], refused["code"]) == (False, "TP-7850")
+    assert "no return" in refused["message"]
+
+
 BAD = [
     (b"", "TP-6503"),
     (b"{", "TP-6503"),
@@ -106,6 +151,7 @@ BAD = [
     (line(bias=1.5), "TP-6503"),
     (line(bias=True), "TP-6503"),
     (line(cut="yes"), "TP-6503"),
+    (line(paused=1), "TP-6503"),
     (receipt("unheard"), "TP-6504"),
 ]
 
@@ -128,6 +174,7 @@ def test_what_waits_and_what_is_remembered_are_bounded():
         assert steering.answer(line(id=f"w{number}"))["ok"]
     assert steering.answer(line(id="more"))["code"] == "TP-6505"
     for number in range(REMEMBERED):
+        steering.holds(number)
         steering.take(number, Event(number))
         steering.answer(line(id=f"r{number}"))
     assert steering.answer(receipt("w0"))["code"] == "TP-6504"
@@ -157,7 +204,15 @@ def test_an_oversized_request_is_refused_and_its_connection_closed(server):
 def test_ten_thousand_random_and_mutated_requests_are_each_answered(server):
     path, steering = server
     dice = random.Random(20)
-    seeds = [line(), receipt("a"), line(cut=True, bias=0.5, recompute=False), *(text for text, _ in BAD)]
+    seeds = [
+        line(),
+        receipt("a"),
+        line(paused=True),
+        line(op="take-back"),
+        line(op="metrics"),
+        line(cut=True, bias=0.5, recompute=False),
+        *(text for text, _ in BAD),
+    ]
     with connect(path) as client, client.makefile("rb") as answers:
         for number in range(10_000):
             text = bytearray(dice.choice(seeds)[:300])

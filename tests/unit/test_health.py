@@ -8,7 +8,7 @@ import pytest
 
 from engine.blackbox import Commitment, Live, Stream
 from engine.config import EngineConfig
-from engine.lifecycle import RankState
+from engine.lifecycle import Doing, RankState
 from tpctl.jobs.health import JobState, judge, stall_limit_s
 from tpctl.jobs.observe import RankSeen, Seen
 from tpctl.jobs.process import Process
@@ -20,11 +20,25 @@ NOW_NS = 1_000_000_000_000
 S = 1_000_000_000
 
 
-def rank(number=0, state=RankState.RUNNING, phase="link", letter="S", emitted=5, age_s=0.1, period_s=0.2):
+def rank(
+    number=0,
+    state=RankState.RUNNING,
+    phase="link",
+    letter="S",
+    emitted=5,
+    age_s=0.1,
+    period_s=0.2,
+    doing=Doing.MESH,
+    beat_s=1.0,
+    resumed_s=None,
+):
     live = Live(state, NOW_NS - S, 0, 9, 9, 0, phase, ())
     emit_ns = NOW_NS - int(age_s * S) if emitted and number == 0 else 0
-    stream = Stream(emitted + 1, emitted, 0, emit_ns, int(period_s * S)) if number == 0 else Stream(0, 0, 0, 0, 0)
-    last = Commitment(1, NOW_NS - S, "enter B", "mesh_pg", 7, 5, 0)
+    resumed_ns = NOW_NS - int(resumed_s * S) if resumed_s is not None else 0
+    stream = Stream(emitted + 1, emitted, 0, emit_ns, int(period_s * S), doing, NOW_NS - 2 * S, resumed_ns)
+    if number:
+        stream = Stream(0, 0, 0, 0, 0)
+    last = Commitment(1, NOW_NS - int(beat_s * S), "enter B", "mesh_pg", 7, 5, 0)
     return RankSeen(number, Process(100 + number, 1), letter, live, stream, last, 1 << 20)
 
 
@@ -42,6 +56,17 @@ CASES = [
     (seen(rank()), "running", Verdict.PASS),
     (seen(rank(emitted=0)), "running", Verdict.PASS),
     (seen(rank(age_s=3.5)), "wedged", Verdict.FAIL),
+    (seen(rank(age_s=60, doing=Doing.PAUSED), rank(1)), "idle", Verdict.PASS),
+    (seen(rank(age_s=60, doing=Doing.PAUSED, beat_s=15.5)), "wedged", Verdict.FAIL),
+    (seen(rank(age_s=60, doing=Doing.PAUSED, letter="T")), "wedged", Verdict.FAIL),
+    (seen(rank(age_s=60, doing=Doing.PAUSED), draining="asked"), "draining", Verdict.PASS),
+    (seen(rank(age_s=60, doing=Doing.PAUSED, beat_s=20), draining="asked"), "wedged", Verdict.FAIL),
+    (seen(rank(age_s=60, resumed_s=1)), "running", Verdict.PASS),
+    (seen(rank(age_s=60, resumed_s=4)), "wedged", Verdict.FAIL),
+    (seen(rank(age_s=9, doing=Doing.SOURCE), rank(1)), "starved", Verdict.WARN),
+    (seen(rank(age_s=9, doing=Doing.SINK), rank(1, phase="B")), "wedged", Verdict.FAIL),
+    (seen(rank(age_s=9, doing=Doing.SINK), rank(1, letter="T")), "wedged", Verdict.FAIL),
+    (seen(rank(age_s=2, doing=Doing.SINK), rank(1)), "running", Verdict.PASS),
     (seen(rank(letter="T")), "wedged", Verdict.FAIL),
     (seen(rank(), rank(1, letter="")), "wedged", Verdict.FAIL),
     (seen(rank(), draining="asked"), "draining", Verdict.PASS),
@@ -62,6 +87,23 @@ def test_the_state(what, state, verdict):
 
 def test_every_state_but_the_endings_that_share_a_path_has_a_case():
     assert {state for _, state, _ in CASES} == {state.value for state in JobState} - {"finished", "aborted"}
+
+
+@pytest.mark.parametrize(
+    ("doing", "words"),
+    [
+        (Doing.SOURCE, "its source"),
+        (Doing.PREPARE, "stage 0, phase A"),
+        (Doing.DECODE, "stage 0, phase C"),
+        (Doing.SINK, "its sink"),
+    ],
+)
+def test_a_starved_job_names_what_the_mesh_waits_for(doing, words):
+    found = judge(seen(rank(age_s=9, doing=doing), rank(1)), CONFIG)
+    assert (found.state, found.starved_by) == (JobState.starved, doing)
+    assert (
+        f"the mesh waits for {words}: no frame for 9.0 s, and rank 0 is at it since 2.0 s" in found.findings[-1].message
+    )
 
 
 def test_evidence_that_cannot_be_read_is_never_health():

@@ -23,6 +23,7 @@ ROOMS = (
         "records",
         "report",
         "measures",
+        "metrics",
         "sealed",
         "seeded_tokenizer",
     ),

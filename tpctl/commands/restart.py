@@ -12,6 +12,7 @@ from tpctl import options
 from tpctl.errors import RefusedError
 from tpctl.exitcodes import ExitCode
 from tpctl.jobs import ending, place, start
+from tpctl.jobs.blocker import blockers
 from tpctl.jobs.observe import observe
 from tpctl.jobs.order import OnDeadline, read_order
 from tpctl.jobs.record import JobRecord
@@ -43,7 +44,7 @@ def restart(
     receipt = ending.receipt(job, read_order(job.order), seen)
     alive = [left for left in receipt.leftovers if left.startswith("process")]
     if receipt.ending is None or alive:
-        what = ", ".join(receipt.blockers or alive)
+        what = ", ".join([str(one) for one in blockers(seen.ranks, seen.now_ns)] or alive)
         raise RefusedError(f"job '{name}' did not end: {what}", code="TP-7625", next_step=f"tpctl abort {name} --yes")
     pid = start.start(job, start.revive(job), not no_referee)
     record = JobRecord.read(job.record)

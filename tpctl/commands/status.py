@@ -25,6 +25,7 @@ def status(
         **row(found),
         "directory": str(found.job.path),
         "run_dir": str(found.seen.run_dir) if found.seen.run_dir else None,
+        "metrics_url": found.seen.record.metrics_url,
         "ranks": rows,
         "attempts": [
             {
@@ -42,6 +43,8 @@ def status(
     words += [f"  {finding.message}" for finding in health.findings]
     if health.account:
         words.append("  chunks: " + ", ".join(f"{count} {fate}" for fate, count in health.account.items()))
+    if found.seen.record.metrics_url and found.seen.supervisor_alive:
+        words.append(f"  metrics: {found.seen.record.metrics_url}")
     words += [f"next: {step}" for step in steps[:1]]
     out.emit(
         Envelope("tpctl.status", health.verdict, data, health.findings, health.coverage, steps, name),

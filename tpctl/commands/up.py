@@ -11,6 +11,7 @@ import typer
 from tpctl import options
 from tpctl.exitcodes import ExitCode
 from tpctl.jobs import place, start
+from tpctl.jobs.record import JobRecord
 from tpctl.jobs.supervise import Supervisor, say
 from tpctl.output import Envelope, Output
 from tpctl.verdict import Finding, Verdict
@@ -26,7 +27,7 @@ class Restart(StrEnum):
 @options.command(
     app,
     epilog="Examples: tpctl up --name preview | tpctl up --name night --restart on-failure --set plan.tp=2 | "
-    "tpctl up --name clip --chunks 8 --foreground | tpctl up --dry-run",
+    "tpctl up --name clip --chunks 8 --foreground | tpctl up --name live --metrics-port 0 | tpctl up --dry-run",
 )
 def up(
     out: Output,
@@ -45,6 +46,12 @@ def up(
     no_referee: Annotated[
         bool, typer.Option("--no-referee", help="No referee beside the ranks; their own budgets remain.")
     ] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            "--metrics-port", min=0, max=65535, help="Serve metrics on 127.0.0.1, for every user of it; 0: a free port."
+        ),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove what a dead job of this name left.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be started, and start nothing.")] = False,
 ) -> None:
@@ -58,18 +65,25 @@ def up(
         "restart": restart.value,
         "parity_key": cfg.parity_key(),
     }
+    if metrics_port is not None:
+        from tpctl.jobs import metrics
+
+        metrics.check_port(metrics_port)
     if dry_run:
         wanted = place.free_name(cfg.plan.tp_plan.split("_", maxsplit=1)[0]) if name is None else name
         place.check_name(wanted)
         job = place.JobDir(place.jobs_root() / wanted)
         place.check_socket(job)
         data = {**plan, "name": job.name, "directory": str(job.path), "job_id": None, "pid": None, "dry_run": True}
+        data["metrics_url"] = None
         words = f"would start {job.name}: {cfg.world_size} rank(s) of plan {cfg.plan.tp_plan}, in {job.path}"
         out.emit(Envelope("tpctl.up", Verdict.SKIP, data, (Finding("job.up", Verdict.SKIP, words),)), text=[words])
         return
     job, held = start.claim(name, cfg.plan.tp_plan, yes)
     try:
-        record = start.freeze(job, cfg, restart.value, max_restarts if restart is Restart.on_failure else 0)
+        record = start.freeze(
+            job, cfg, restart.value, max_restarts if restart is Restart.on_failure else 0, metrics_port
+        )
     except BaseException:
         os.close(held)
         place.remove(job)  # nothing was started: nothing stays
@@ -85,6 +99,7 @@ def up(
     words = f"job {job.name} is over: {ending}" if ending else f"job {job.name} is started, supervised by {pid}"
     step = f"tpctl status {job.name}" if ending else f"tpctl wait {job.name} --for running"
     data = {**plan, "name": job.name, "directory": str(job.path), "job_id": record.job_id, "pid": pid, "dry_run": False}
+    data["metrics_url"] = JobRecord.read(job.record).metrics_url
     finding = Finding("job.up", Verdict.PASS if good else Verdict.FAIL, words, ending, next=step)
     out.emit(
         Envelope("tpctl.up", finding.verdict, data, (finding,), next=(step,), run_id=job.name),

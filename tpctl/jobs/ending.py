@@ -11,10 +11,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tpctl.errors import JobError
+from tpctl.errors import JobError, RefusedError
 from tpctl.jobs import place
-from tpctl.jobs.observe import RankSeen, Seen, observe
-from tpctl.jobs.order import Kind, OnDeadline, Order, read_order
+from tpctl.jobs.blocker import blockers
+from tpctl.jobs.observe import Seen, observe
+from tpctl.jobs.order import Kind, OnDeadline, Order, read_answer, read_order
 from tpctl.jobs.place import JobDir
 from tpctl.jobs.reason import exit_codes
 from tpctl.launch.local import tagged
@@ -23,6 +24,12 @@ from tpctl.matrix.observation import read_reports
 POLL_S = 0.1
 # From the deadline to the end of an abort: the launcher's grace, and the time the kernel needs to bury the killed.
 ABORT_S = 20.0
+# For the supervisor to hear of it, and to hear from rank 0.
+TAKE_BACK_S = 10.0
+IN_FLIGHT = "in flight"
+# Of the deadline: for what is in flight, for closing the outputs, for every rank to leave. A phase that takes longer
+# is late, and its blockers are named; the deadline alone ends it.
+SHARES = {IN_FLIGHT: 0.7, "draining": 0.15, "shutdown": 0.15}
 PHASES = ("draining", "shutdown", "exited", "aborted")
 
 
@@ -30,6 +37,7 @@ PHASES = ("draining", "shutdown", "exited", "aborted")
 class Receipt:
     """What became of a job's work. `ending` is None while it is not over; times in seconds since the order.
 
+    A chunk without a fate is `in_flight` until the job is over, and abandoned then.
     `balanced` holds accepted = emitted + dropped + abandoned in rank 0's own report, and that its black box counted
     the same; None where no rank 0 ever opened an account.
     """
@@ -46,8 +54,9 @@ class Receipt:
     balanced: bool | None
     abandoned_chunks: list[int]
     exit_codes: dict[str, int]
-    blockers: list[str]
+    blockers: list[dict[str, Any]]
     leftovers: list[str]
+    taken_back: bool = False
     dry_run: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,6 +71,43 @@ def order_drain(job: JobDir, deadline_s: float, on_deadline: OnDeadline) -> tupl
     order = Order.make(Kind.DRAIN, "asked by its operator", deadline_s=deadline_s, on_deadline=on_deadline)
     order.write(job.order)
     return order, False
+
+
+def order_take_back(job: JobDir, limit_s: float = TAKE_BACK_S) -> None:
+    """Take the drain of a job back: the stream goes on.
+
+    Raises:
+        RefusedError: no drain is under way, or it cannot be taken back any more; the reason is named.
+    """
+    seen, found = observe(job), read_order(job.order)
+    refused: str | None = "its supervisor did not answer"
+    if seen.over or not seen.supervisor_alive:
+        refused = f"it is over: {seen.record.ending or 'lost'}" if seen.over else "its supervisor is gone"
+    elif found is not None and found.kind is Kind.ABORT:
+        refused = "it is being aborted"
+    else:
+        drain = found.id if found is not None and found.kind is Kind.DRAIN else None
+        order = Order.make(Kind.TAKE_BACK, "asked by its operator", instead=drain)
+        order.write(job.order)
+        nap, end = threading.Event(), time.monotonic() + limit_s
+        while time.monotonic() < end and observe(job).supervisor_alive:
+            answer = read_answer(job.answer)
+            if answer is not None and answer.id == order.id:
+                refused = answer.refused
+                break
+            nap.wait(POLL_S)
+    if refused is not None:
+        raise RefusedError(
+            f"the drain of '{job.name}' cannot be taken back: {refused}",
+            code="TP-7851",
+            next_step=f"tpctl status {job.name}",
+        )
+
+
+def taken_back(job: JobDir, order: Order, seen: Seen) -> bool:
+    """Whether this drain was in force, and is no more."""
+    now = read_order(job.order)
+    return seen.record.draining is None and (now is None or now.id != order.id)
 
 
 def order_abort(job: JobDir) -> Order:
@@ -83,13 +129,12 @@ def bury(job: JobDir, seen: Seen) -> None:
     job.socket.unlink(missing_ok=True)
 
 
-def follow(job: JobDir, limit_s: float, told: Callable[[Seen], None] = lambda seen: None) -> Seen:
-    """Watch until nothing of the job lives any more, or `limit_s` has passed. Returns the last look."""
+def follow(job: JobDir, limit_s: float, enough: Callable[[Seen], bool] = lambda seen: False) -> Seen:
+    """Watch until nothing of the job lives any more, it is `enough`, or `limit_s` has passed. Returns the last look."""
     nap, end = threading.Event(), time.monotonic() + limit_s
     while True:
         seen = observe(job)
-        told(seen)
-        if seen.over or time.monotonic() >= end:
+        if seen.over or enough(seen) or time.monotonic() >= end:
             return seen
         nap.wait(POLL_S)
 
@@ -100,22 +145,29 @@ def receipt(job: JobDir, order: Order | None, seen: Seen) -> Receipt:
     reports = read_reports(seen.run_dir) if seen.run_dir else {}
     account, balanced = _account(reports.get(0), seen)
     phases, abandoned = _phases(reports.get(0), order, seen), (account or {}).get("abandoned", 0)
+    if account is not None and not over:
+        account = {**account, "in_flight": account["abandoned"]}
+        del account["abandoned"]
     attempt = record.attempt
+    answer = read_answer(job.answer)
+    back = order is not None and not over and order.kind is Kind.DRAIN and taken_back(job, order, seen)
+    said = answer.why if answer is not None and order is not None and answer.id == order.id else None
     return Receipt(
         job=record.name,
         job_id=record.job_id,
         ending=(record.ending or "lost") if over else None,
-        why=(attempt.reason if attempt else None) or record.draining,
+        why=(attempt.reason if attempt else None) or record.draining or said,
         deadline_s=order.deadline_s if order else 0.0,
         on_deadline=order.on_deadline.value if order else OnDeadline.abort.value,
         wall_s=phases[-1]["t_s"] if over and phases else order.age_s() if order else 0.0,
         phases=phases,
         account=account,
         balanced=balanced,
-        abandoned_chunks=list(range(account["accepted"] - abandoned, account["accepted"])) if account else [],
+        abandoned_chunks=list(range(account["accepted"] - abandoned, account["accepted"])) if account and over else [],
         exit_codes={str(rank): code for rank, code in exit_codes(seen.run_dir).items()} if seen.run_dir else {},
-        blockers=[] if over else [_blocker(rank, seen.now_ns) for rank in seen.ranks if rank.alive],
+        blockers=[] if over or back else [one.to_dict() for one in blockers(seen.ranks, seen.now_ns)],
         leftovers=leftovers(job, seen) if over else [],
+        taken_back=back,
     )
 
 
@@ -150,19 +202,36 @@ def _account(report: dict[str, Any] | None, seen: Seen) -> tuple[dict[str, int] 
 
 
 def _phases(report: dict[str, Any] | None, order: Order | None, seen: Seen) -> list[dict[str, Any]]:
-    """When rank 0 entered each phase of the ending."""
+    """When rank 0 entered each phase of the ending, and how long it was in it; what it is in now, it is in still."""
     leader = next((rank for rank in seen.ranks if rank.rank == 0), None)
-    if order is None or leader is None or report is None:
+    if order is None or leader is None:
         return []
     born_s = leader.process.start_ticks / os.sysconf("SC_CLK_TCK") - order.asked_ns / 1e9
-    times = report.get("times") or {}
-    return [{"name": name, "t_s": round(born_s + times[f"{name}_s"], 3)} for name in PHASES if f"{name}_s" in times]
+    times = (report or {}).get("times") or {}
+    moments = {name: born_s + times[f"{name}_s"] for name in PHASES if f"{name}_s" in times}
+    if not moments and leader.state.value in PHASES:
+        moments = {leader.state.value: (leader.live.state_ns - order.asked_ns) / 1e9}
+    entered = [(IN_FLIGHT, 0.0), *moments.items()]
+    ends = [*(t_s for _, t_s in entered[1:]), None if seen.over else order.age_s()]
+    return [_phase(name, t_s, end_s, order) for (name, t_s), end_s in zip(entered, ends, strict=True)]
 
 
-def _blocker(rank: RankSeen, now_ns: int) -> str:
-    where = f", after '{rank.last.action}' {(now_ns - rank.last.t_ns) / 1e9:.1f} s ago" if rank.last else ""
-    stopped = " (stopped by a signal)" if rank.letter in ("T", "t") else ""
-    return f"rank {rank.rank}: {rank.state.value}{stopped}{where}"
+def _phase(name: str, t_s: float, end_s: float | None, order: Order) -> dict[str, Any]:
+    took_s = max(0.0, end_s - t_s) if end_s is not None else None
+    budget_s = budgets(order.deadline_s).get(name)
+    late = budget_s is not None and took_s is not None and took_s > budget_s
+    return {
+        "name": name,
+        "t_s": round(t_s, 3),
+        "took_s": round(took_s, 3) if took_s is not None else None,
+        "budget_s": budget_s,
+        "late": late,
+    }
+
+
+def budgets(deadline_s: float) -> dict[str, float]:
+    """Seconds of the deadline for each phase of a drain."""
+    return {name: round(share * deadline_s, 3) for name, share in SHARES.items()}
 
 
 def require_running(job: JobDir) -> Seen:

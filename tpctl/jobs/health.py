@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from engine.config import EngineConfig
-from engine.lifecycle import RankState
+from engine.lifecycle import Doing, RankState
 from tpctl.jobs.observe import RankSeen, Seen
 from tpctl.verdict import Coverage, Finding, Verdict, worst
 
@@ -15,12 +15,15 @@ STALL_PERIODS, STALL_LEAST_S = 5.0, 3.0
 
 
 class JobState(StrEnum):
-    """`lost`: its supervisor was killed and nobody wrote an ending."""
+    """`idle`: nothing to do, and heartbeats say so. `starved`: the mesh is well and waits for rank 0. `lost`: its
+    supervisor was killed and nobody wrote an ending."""
 
     starting = "starting"
     loading = "loading"
     compiling = "compiling"
     running = "running"
+    idle = "idle"
+    starved = "starved"
     wedged = "wedged"
     draining = "draining"
     restarting = "restarting"
@@ -35,6 +38,13 @@ OVER = frozenset({JobState.drained, JobState.finished, JobState.failed, JobState
 FAILED = frozenset({JobState.failed, JobState.aborted, JobState.lost})
 # Whether frames advance cannot be said yet: not a failure, and not health.
 NOT_YET = frozenset({JobState.starting, JobState.loading, JobState.compiling, JobState.restarting})
+# Who keeps the mesh waiting while rank 0 is at this.
+STARVES = {
+    Doing.SOURCE: "its source",
+    Doing.PREPARE: "stage 0, phase A",
+    Doing.DECODE: "stage 0, phase C",
+    Doing.SINK: "its sink",
+}
 BY_RANK = {
     RankState.STARTING: JobState.loading,
     RankState.JOINING: JobState.loading,
@@ -54,6 +64,7 @@ class Health:
     frame_age_s: float | None
     period_s: float | None
     account: dict[str, int] = field(default_factory=dict)
+    starved_by: Doing | None = None
 
 
 def judge(seen: Seen, config: EngineConfig) -> Health:
@@ -64,6 +75,7 @@ def judge(seen: Seen, config: EngineConfig) -> Health:
     findings: list[Finding] = [Finding("job.evidence", Verdict.UNKNOWN, problem) for problem in seen.problems]
     state, why = _state(seen, config, age_s, period_s)
     findings.append(Finding("job.advances", _verdict(state), why, value=age_s, next=_next(state, seen)))
+    starved_by = stream.doing if state is JobState.starved and stream is not None else None
     checked = len(seen.ranks)
     expected = max(seen.record.world_size if seen.record.attempts else 0, checked)
     account = {}
@@ -76,7 +88,7 @@ def judge(seen: Seen, config: EngineConfig) -> Health:
             "abandoned" if state in OVER else "in_flight": open_,
         }
     verdict = worst(finding.verdict for finding in findings)
-    return Health(state, verdict, tuple(findings), Coverage(checked, expected), age_s, period_s, account)
+    return Health(state, verdict, tuple(findings), Coverage(checked, expected), age_s, period_s, account, starved_by)
 
 
 def _verdict(state: JobState) -> Verdict:
@@ -84,12 +96,16 @@ def _verdict(state: JobState) -> Verdict:
         return Verdict.FAIL
     if state in NOT_YET:
         return Verdict.UNCHECKED
-    return Verdict.PASS
+    return Verdict.WARN if state is JobState.starved else Verdict.PASS
 
 
 def _next(state: JobState, seen: Seen) -> str | None:
     if state is JobState.wedged:
         return f"tpctl drain {seen.record.name}"
+    if state is JobState.starved:
+        return f"tpctl wait {seen.record.name} --for running"
+    if state is JobState.idle:
+        return f"tpctl set {seen.record.name} paused=false"
     if state in FAILED:
         return f"tpctl triage {seen.run_dir}" if seen.run_dir else None
     return f"tpctl wait {seen.record.name} --for running" if state in NOT_YET else None
@@ -130,9 +146,19 @@ def _streaming(seen: Seen, config: EngineConfig, age_s: float | None, period_s: 
     dead = [rank for rank in seen.ranks if not rank.alive]
     if dead and leader.state is RankState.RUNNING:
         return JobState.wedged, f"rank {_list(dead)} is gone"
-    since_s = (seen.now_ns - leader.live.state_ns) / 1e9
-    waited_s = since_s if age_s is None else age_s
+    if leader.stream.doing is Doing.PAUSED and leader.state is RankState.RUNNING:
+        return _paused(seen, config)
+    waited_s = (seen.now_ns - leader.live.state_ns) / 1e9 if age_s is None else age_s
+    if leader.stream.resumed_ns:
+        waited_s = min(waited_s, (seen.now_ns - leader.stream.resumed_ns) / 1e9)
     limit_s = stall_limit_s(config, period_s)
+    if waited_s > limit_s and _starved(seen):
+        whom = STARVES[leader.stream.doing]
+        at_s = (seen.now_ns - leader.stream.doing_ns) / 1e9
+        return (
+            JobState.starved,
+            f"the mesh waits for {whom}: no frame for {waited_s:.1f} s, and rank 0 is at it since {at_s:.1f} s",
+        )
     if waited_s > limit_s:
         return JobState.wedged, f"no frame for {waited_s:.1f} s, where {limit_s:.1f} s is the most{_where(seen.ranks)}"
     if seen.record.draining is not None:
@@ -140,6 +166,26 @@ def _streaming(seen: Seen, config: EngineConfig, age_s: float | None, period_s: 
     if leader.state is not RankState.RUNNING:
         return JobState.draining, f"rank 0: {leader.state.value}"
     return JobState.running, "the first chunk is being made" if age_s is None else f"last frame {age_s:.1f} s ago"
+
+
+def _paused(seen: Seen, config: EngineConfig) -> tuple[JobState, str]:
+    """An operator holds the stream. Its ranks are well while they hear heartbeats."""
+    leader = seen.ranks[0]
+    said_s = (seen.now_ns - leader.last.t_ns) / 1e9 if leader.last is not None else None
+    if said_s is None or said_s > config.liveness.watchdog_s:
+        silence = "never" if said_s is None else f"{said_s:.1f} s ago"
+        return JobState.wedged, f"paused, but rank 0 sent its last heartbeat {silence}{_where(seen.ranks)}"
+    if seen.record.draining is not None:
+        return JobState.draining, f"{seen.record.draining}; rank 0 was paused"
+    paused_s = (seen.now_ns - leader.stream.doing_ns) / 1e9
+    return JobState.idle, f"paused for {paused_s:.1f} s; last heartbeat {said_s:.1f} s ago"
+
+
+def _starved(seen: Seen) -> bool:
+    """Rank 0 is at something of its own, and no other rank is in phase B: it is not the mesh that is late."""
+    leader = seen.ranks[0]
+    busy = [rank for rank in seen.ranks if rank.live.phase == "B"]
+    return leader.stream.doing in STARVES and not busy
 
 
 def stall_limit_s(config: EngineConfig, period_s: float | None) -> float:

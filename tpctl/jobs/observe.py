@@ -32,6 +32,11 @@ class RankSeen:
         return self.live.state
 
     @property
+    def phase(self) -> str:
+        """What its loop is at, as far as it says so; else what its groups are for now."""
+        return self.stream.doing.value or self.live.phase
+
+    @property
     def alive(self) -> bool:
         return self.letter not in ("", "Z", "X")
 

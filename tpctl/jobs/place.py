@@ -5,7 +5,7 @@ STATE/jobs/NAME/            0700
   lock                      held by the supervisor while it lives
   config.toml timeline.toml the configuration, frozen
   control.sock              of rank 0, while it runs
-  order.json drain.json     what was asked for last; how far it is, and the receipt
+  order.json answer.json    what was asked for last; what came of the end of a drain before its time
   supervisor.log
   attempts/N/               the run directory of each attempt: rank reports, logs, black boxes, records, outputs
 """
@@ -65,8 +65,8 @@ class JobDir:
         return self.path / "order.json"
 
     @property
-    def drain(self) -> Path:
-        return self.path / "drain.json"
+    def answer(self) -> Path:
+        return self.path / "answer.json"
 
     @property
     def log(self) -> Path:

@@ -51,6 +51,12 @@ class JobRecord:
     draining: str | None = None  # why
     ending: str | None = None
     ended_at: float | None = None
+    metrics_port: int | None = None  # on 127.0.0.1, where it was asked for; 0 until one is found
+
+    @property
+    def metrics_url(self) -> str | None:
+        """Where its supervisor serves its metrics; None where nobody asked for that."""
+        return f"http://127.0.0.1:{self.metrics_port}/metrics" if self.metrics_port else None
 
     @property
     def attempt(self) -> Attempt | None:
@@ -77,7 +83,7 @@ class JobRecord:
                 where=str(path),
             )
         try:
-            fields = {name: data[name] for name in cls.__dataclass_fields__}
+            fields = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
             fields["supervisor"] = _process(fields["supervisor"])
             fields["attempts"] = tuple(
                 Attempt(**{**one, "launcher": _process(one["launcher"]), "leftovers": tuple(one["leftovers"])})

@@ -86,7 +86,9 @@ def _running(job: JobDir) -> JobError:
     )
 
 
-def freeze(job: JobDir, config: EngineConfig, restart: str, max_restarts: int) -> JobRecord:
+def freeze(
+    job: JobDir, config: EngineConfig, restart: str, max_restarts: int, metrics_port: int | None = None
+) -> JobRecord:
     """Write the configuration as it is now, with every path absolute, and the job's first record."""
     import tomli_w
 
@@ -111,6 +113,7 @@ def freeze(job: JobDir, config: EngineConfig, restart: str, max_restarts: int) -
         parity_key=config.parity_key(),
         restart=restart,
         max_restarts=max_restarts,
+        metrics_port=metrics_port,
     )
     record.write(job.record)
     return record

@@ -1,4 +1,5 @@
-"""The supervisor of one job: starts its ranks, again if it was told to, and sees them buried. One process, one thread.
+"""The supervisor of one job: starts its ranks, again if it was told to, and sees them buried. One process, one thread;
+where metrics are served, threads that only read.
 
     python -m tpctl.jobs.supervise --job DIR --lock FD --ready FD
 
@@ -15,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -25,8 +27,11 @@ import tomli_w
 from engine.config import EngineConfig, load
 from engine.errors import EngineError
 from engine.lifecycle import RankExit, RankState
+from tpctl.errors import JobError
+from tpctl.jobs.blocker import blockers
+from tpctl.jobs.line import Line
 from tpctl.jobs.observe import RankSeen, observe_ranks
-from tpctl.jobs.order import Kind, OnDeadline, Order, read_order
+from tpctl.jobs.order import Answer, Kind, OnDeadline, Order, read_order
 from tpctl.jobs.place import JobDir
 from tpctl.jobs.process import Process
 from tpctl.jobs.reason import exit_codes, first_reason
@@ -39,6 +44,7 @@ HOPELESS = frozenset({RankExit.BAD_CONFIG, RankExit.PARITY})
 BACKOFF_S, BACKOFF_CAP_S = 1.0, 60.0
 # Between the two signals that mean abort; sent at once they may be taken for one.
 APART_S = 0.05
+TAKE_BACK_S = 2.0  # for rank 0 to say whether it can
 BEFORE_THE_STREAM = (RankState.STARTING, RankState.JOINING, RankState.LOADING, RankState.WARMING)
 
 
@@ -67,12 +73,22 @@ class Supervisor:
         self._ordered = ""  # id of the last order that was carried out
         self._drain: Order | None = None
         self._delivered = False
+        self._late = False  # its deadline has passed, and what was to be done then is done
 
     def start(self) -> None:
-        """Take the signals and enter the record. From here on the job is ours."""
+        """Take the signals and enter the record. From here on the job is ours.
+
+        Raises:
+            JobError: its metrics cannot be served where that was asked for.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._count_signal)
-        self._keep(supervisor=Process.of(os.getpid()))
+        port = self.record.metrics_port
+        if port is not None:
+            from tpctl.jobs import metrics  # its library, where it is wanted
+
+            port = metrics.serve(self.job, port)
+        self._keep(supervisor=Process.of(os.getpid()), metrics_port=port)
 
     def run(self) -> JobRecord:
         """Every attempt, to the job's end. Returns the record as it was left."""
@@ -175,6 +191,8 @@ class Supervisor:
         order = self._next_order()
         if order is not None and order.kind is Kind.ABORT:
             self._abort(f"abort: {order.why}")
+        if order is not None and order.kind is Kind.TAKE_BACK:
+            self._answer(order.id, self._take_back(order.instead))
         if order is not None and order.kind is Kind.DRAIN and self._drain is None:
             self._drain = order
             self._keep(draining=order.why)
@@ -203,8 +221,40 @@ class Supervisor:
             raise EndNow("drained", "drained before the stream ran: nothing was accepted")
         if not self._delivered:
             self._delivered = leader.process.send(signal.SIGTERM)
-        if drain.overdue() and drain.on_deadline is OnDeadline.abort:
-            self._abort(f"the drain took longer than {drain.deadline_s:g} s")
+        if not drain.overdue() or self._late:
+            return
+        self._late = True
+        whom = "; ".join(map(str, blockers(ranks, time.monotonic_ns())))
+        why = f"the drain took longer than {drain.deadline_s:g} s; blocked by {whom or 'nobody that lives'}"
+        if drain.on_deadline is OnDeadline.abort:
+            self._abort(why)
+        if drain.on_deadline is OnDeadline.resume:
+            self._answer(drain.id, self._take_back(), why)
+
+    def _take_back(self, unread: str | None = None) -> str | None:
+        """Let the stream go on. Returns why not, where that cannot be. A drain that was never read is gone already."""
+        if self._drain is None:
+            return "no drain is under way" if unread is None else None
+        try:
+            if self._delivered:
+                with Line(self.job, TAKE_BACK_S) as line:
+                    line.ask({"id": uuid.uuid4().hex, "op": "take-back"})
+        except JobError as error:
+            return error.message
+        return None
+
+    def _answer(self, order_id: str, refused: str | None, why: str | None = None) -> None:
+        """Say what came of it. A drain that was taken back is forgotten, one that goes on stays in force."""
+        Answer(order_id, refused, why).write(self.job.answer)
+        if refused is None:
+            self.say(f"the drain is taken back{': ' + why if why else ''}")
+            self._drain, self._delivered, self._late, self._signals = None, False, False, 0
+            self.job.order.unlink(missing_ok=True)
+            self._keep(draining=None)
+        else:
+            self.say(f"the drain goes on: {refused}")
+            if self._drain is not None:
+                self._drain.write(self.job.order)
 
     def _abort(self, why: str) -> None:
         """Rank 0 gets the chance to write down what it leaves behind; then everything is ended."""

@@ -92,7 +92,7 @@ def rank_rows(seen: Seen) -> list[dict[str, Any]]:
             {
                 "rank": rank.rank,
                 "state": rank.state.value if rank.alive or rank.state.value in ("exited", "aborted") else "gone",
-                "phase": rank.live.phase or None,
+                "phase": (rank.phase if rank.alive else rank.live.phase) or None,
                 "commitment": last.action if last else None,
                 "chunk_index": last.chunk_index if last and last.chunk_index >= 0 else None,
                 "cache_epoch": last.cache_epoch if last and last.cache_epoch >= 0 else None,
