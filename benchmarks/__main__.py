@@ -28,6 +28,7 @@ NAMES = (
     "tripwires",
     "rivals",
     "parity_scale",
+    "control_load",
 )
 RESULTS = Path(__file__).with_name("results.json")
 VERDICTS = {True: "met", False: "MISSED", None: ""}

@@ -42,6 +42,7 @@ MAX_DEPTH = 8  # of a request; more is never needed, and the parser recurses
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 STEERS = ("prompt", "cut", "bias", "recompute", "paused")
 OPS = ("steer", "receipt", "take-back", "metrics")
+NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 CREDENTIALS = struct.Struct("3i")
 
 
@@ -226,8 +227,8 @@ class Steering:
 def parse(line: bytes) -> dict[str, Any]:
     """One JSON object. Raises ControlError."""
     depth = deepest = 0
-    for byte in line:
-        depth += (byte in b"[{") - (byte in b"]}")
+    for byte in line.translate(None, NO_BRACKETS):
+        depth += 1 if byte in b"[{" else -1
         deepest = max(deepest, depth)
     if deepest > MAX_DEPTH:
         raise ControlError(f"the request nests deeper than {MAX_DEPTH}", code="TP-6503")

@@ -16,8 +16,9 @@ STATE, STATE_NS, INSIDE, COMMITS, COLLECTIVES, GROUPS, PHASE, COUNTS = 0, 1, 2, 
 GROUP_SLOTS = 8
 # Words after the live ones: the account of the stream, on the rank that keeps it. Zeros: nothing yet.
 ACCEPTED, EMITTED, DROPPED, EMIT_NS, PERIOD_NS = 16, 17, 18, 19, 20
-# What its loop is at, since when, and when a pause ended last.
-DOING, DOING_NS, RESUMED_NS = 21, 22, 23
+# What its loop is at and since when, in one word, so that a reader never sees half; and when a pause ended last.
+DOING, RESUMED_NS = 22, 23
+DOING_BITS = 4
 STREAM_OFFSET = LIVE_OFFSET + 8 * ACCEPTED
 STREAM = struct.Struct("<8Q")
 WORDS_BYTES = 192  # live and stream words; the rest is reserved

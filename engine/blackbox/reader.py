@@ -11,6 +11,7 @@ from engine.blackbox.layout import (
     COLLECTIVE,
     COMMIT,
     CRC,
+    DOING_BITS,
     DOINGS,
     FILE,
     GROUP,
@@ -218,7 +219,8 @@ class Box:
             BlackBoxError: it makes no sense.
         """
         words = STREAM.unpack(self._pread(STREAM.size, STREAM_OFFSET))
-        accepted, emitted, dropped, emit_ns, period_ns, doing, doing_ns, resumed_ns = words
+        accepted, emitted, dropped, emit_ns, period_ns, _, doing_word, resumed_ns = words
+        doing_ns, doing = doing_word >> DOING_BITS, doing_word & (1 << DOING_BITS) - 1
         if doing >= len(DOINGS):
             raise self._refuse("has damaged stream words")
         return Stream(accepted, emitted, dropped, emit_ns, period_ns, DOINGS[doing], doing_ns, resumed_ns)

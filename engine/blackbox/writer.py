@@ -18,7 +18,7 @@ from engine.blackbox.layout import (
     COUNTS,
     CRC,
     DOING,
-    DOING_NS,
+    DOING_BITS,
     DOINGS,
     DROPPED,
     EMIT_NS,
@@ -169,8 +169,7 @@ class BlackBox:
 
     def enter_doing(self, doing: Doing) -> None:
         """What this rank's loop is at from now on."""
-        self._words[DOING] = DOINGS.index(doing)
-        self._words[DOING_NS] = monotonic_ns()
+        self._words[DOING] = monotonic_ns() << DOING_BITS | DOINGS.index(doing)
 
     def resume(self) -> None:
         """A pause is over: it belongs to no chunk's period."""

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from engine.blackbox import BlackBoxError, Collective, read_box
 from engine.config import EngineConfig, from_dict
+from engine.lifecycle import Doing
 from tests.support.ranks import Job, start_ranks
 from tests.support.refereed import referee
+from tpctl.jobs.health import Health, JobState, judge
+from tpctl.jobs.observe import Seen, observe_ranks
+from tpctl.jobs.process import boot_id
+from tpctl.jobs.record import Attempt, JobRecord
 
 # A watchdog that a crowded machine does not trip: a beat may come a second late.
 HEARTBEAT_S = 0.2
@@ -72,6 +78,8 @@ def test_slow_loading_and_compiling_end_nobody(weights_cache: Path, tmp_path: Pa
         referee(tmp_path / "run") as beside,
         start_ranks(tmp_path / "run", make_config(weights_cache), entry=entry) as job,
     ):
+        for state in (JobState.loading, JobState.compiling):
+            job.wait_for(lambda which=state: judged(job, make_config(weights_cache)).state is which, state.value)
         outcome = job.end(90)
         assert outcome.exit_codes == {0: 0, 1: 0}, outcome.stderr
         assert beside.leave() == 0
@@ -83,14 +91,31 @@ def test_slow_loading_and_compiling_end_nobody(weights_cache: Path, tmp_path: Pa
     assert beside.record is None
 
 
+def judged(job: Job, config: EngineConfig) -> Health:
+    """The job's state, as `tpctl status` would judge these ranks under a supervisor."""
+    record = JobRecord("slow", "id", "host", boot_id(), 0.0, config.world_size, config.plan.tp_plan, "key")
+    record = replace(record, attempts=(Attempt(0, "tag", 0.0),))
+    ranks = tuple(observe_ranks(job.run_dir))
+    return judge(Seen(record, job.run_dir, True, True, ranks, (), time.monotonic_ns()), config)
+
+
 @pytest.mark.slow
 def test_an_idle_stream_and_a_slow_sink_end_nobody(weights_cache: Path, tmp_path: Path) -> None:
-    """Rank 0 prepares its first chunk, then writes another, for 5 watchdogs each: heartbeats fill the time."""
+    """Rank 0 prepares its first chunk, then writes another, for 5 watchdogs each: heartbeats fill the time.
+
+    Meanwhile the job counts as starved, and what the mesh waits for is named.
+    """
     entry = slow_at(PREPARE, SINK)
+    config = make_config(weights_cache)
     with (
         referee(tmp_path / "run") as beside,
-        start_ranks(tmp_path / "run", make_config(weights_cache), entry=entry) as job,
+        start_ranks(tmp_path / "run", config, entry=entry) as job,
     ):
+        for doing in (Doing.PREPARE, Doing.SINK):
+            job.wait_for(
+                lambda whom=doing: judged(job, config.replace(liveness__phase_budget_s=2.0)).starved_by is whom,
+                f"starved by {doing}",
+            )
         outcome = job.end(90)
         assert outcome.exit_codes == {0: 0, 1: 0}, outcome.stderr
         assert beside.leave() == 0

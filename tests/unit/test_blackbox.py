@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from engine.blackbox import BlackBox, BlackBoxError, Box, Stream, pack_signature, pack_site, read, read_box
-from engine.blackbox.layout import COLLECTIVE, COMMIT, HEADER_BYTES
-from engine.lifecycle import RankState
+from engine.blackbox.layout import COLLECTIVE, COMMIT, DOING, HEADER_BYTES, LIVE_OFFSET
+from engine.lifecycle import Doing, RankState
 
 IDS = {"call_id": 7, "chunk_index": 3, "cache_epoch": 1}
 
@@ -32,6 +33,32 @@ def test_the_ring_keeps_the_newest(tmp_path: Path) -> None:
     for call_id in range(20):
         box.commit("x", "mesh_pg", {"call_id": call_id})
     assert [record.call_id for record in read(tmp_path / "box")] == list(range(12, 20))
+
+
+def test_what_the_loop_is_at_is_told_and_a_pause_is_no_period(tmp_path: Path) -> None:
+    writer = BlackBox(tmp_path / "box", rank=0)
+    with Box(tmp_path / "box") as box:
+        assert (box.stream().doing, box.stream().doing_ns, box.stream().resumed_ns) == (Doing.NOTHING, 0, 0)
+        for doing in Doing:
+            before_ns = time.monotonic_ns()
+            writer.enter_doing(doing)
+            assert box.stream().doing is doing
+            assert before_ns <= box.stream().doing_ns <= time.monotonic_ns()
+        writer.count("emitted")
+        writer.count("emitted")
+        period_ns = box.stream().period_ns
+        writer.resume()
+        writer.count("emitted")
+        assert box.stream().period_ns == period_ns > 0
+        assert before_ns <= box.stream().resumed_ns <= box.stream().emit_ns
+        emit_ns = box.stream().emit_ns
+        writer.count("emitted")
+        assert box.stream().period_ns == box.stream().emit_ns - emit_ns
+    with (tmp_path / "box").open("r+b") as raw:
+        raw.seek(LIVE_OFFSET + 8 * DOING)
+        raw.write(bytes([len(Doing)]))
+    with Box(tmp_path / "box") as box, pytest.raises(BlackBoxError, match="damaged stream words"):
+        box.stream()
 
 
 def test_it_survives_kill_9(tmp_path: Path) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import socket
 import stat
+import subprocess
+import sys
+import tempfile
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from engine.control import (
+    MAX_CLIENTS,
     MAX_LINE_BYTES,
     MAX_WAITING,
     REMEMBERED,
@@ -20,6 +28,9 @@ from engine.control import (
     Steering,
 )
 from engine.timeline import Event, Timeline
+from tpctl.errors import RefusedError
+from tpctl.jobs.line import Line
+from tpctl.jobs.place import JobDir
 
 
 def line(**changes: object) -> bytes:
@@ -199,6 +210,79 @@ def test_an_oversized_request_is_refused_and_its_connection_closed(server):
     with connect(path) as other, other.makefile("rb") as answers:
         other.sendall(line() + b"\n")
         assert json.loads(answers.readline())["ok"]
+
+
+OTHER_UID = 65534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@contextlib.contextmanager
+def as_another_user(code: str, directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """A bare Python process of another user; `{path}` is the socket in a directory that it may use."""
+    directory.chmod(0o777)
+    become = f"import os, socket\nos.setgroups([])\nos.setgid({OTHER_UID})\nos.setuid({OTHER_UID})\n"
+    text = become + code.format(path=str(directory / "control.sock"))
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/"
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ValueError):  # it was read to its end already
+            process.communicate(timeout=60)
+
+
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A directory that another user can reach, unlike those of pytest."""
+    with tempfile.TemporaryDirectory(prefix="tpctl-") as name:
+        yield Path(name)
+
+
+@as_root
+def test_another_user_is_refused_even_where_the_files_would_let_him_in(open_place):
+    steering = Steering()
+    control = ControlSocket(open_place / "control.sock", steering)
+    (open_place / "control.sock").chmod(0o666)
+    code = (
+        "client = socket.socket(socket.AF_UNIX)\nclient.settimeout(20)\nclient.connect({path!r})\n"
+        "line = client.makefile('rb').readline()\nprint(line.decode())\n"
+    )
+    try:
+        with as_another_user(code, open_place) as process:
+            said, _ = process.communicate(timeout=60)
+            answer = json.loads(said)
+    finally:
+        control.close()
+    assert (answer["ok"], answer["code"]) == (False, "TP-7852")
+    assert str(OTHER_UID) in answer["message"]
+    assert steering.counts == {}
+
+
+@as_root
+def test_a_socket_of_another_user_is_not_spoken_to(open_place):
+    code = (
+        "server = socket.socket(socket.AF_UNIX)\nserver.bind({path!r})\nserver.listen()\n"
+        "print('ready', flush=True)\nserver.settimeout(20)\nclient, _ = server.accept()\nclient.settimeout(20)\n"
+        "print(client.recv(100))\n"
+    )
+    with as_another_user(code, open_place) as process:
+        assert process.stdout.readline() == "ready\n"
+        with pytest.raises(RefusedError, match=f"user {OTHER_UID}'s, not yours"):
+            Line(JobDir(open_place))
+        said, _ = process.communicate(timeout=60)
+    assert said.strip() == "b''"
+
+
+def test_a_connection_too_many_is_told_so(server):
+    path, _ = server
+    with contextlib.ExitStack() as stack:
+        for number in range(MAX_CLIENTS):
+            client = stack.enter_context(connect(path))
+            client.sendall(line(id=f"c{number}") + b"\n")
+            assert json.loads(client.makefile("rb").readline())["ok"]
+        late = stack.enter_context(connect(path))
+        assert json.loads(late.makefile("rb").readline())["code"] == "TP-7853"
 
 
 def test_ten_thousand_random_and_mutated_requests_are_each_answered(server):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -51,7 +52,8 @@ class Line:
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """One request, its answer."""
         try:
-            self._socket.sendall(json.dumps({"v": VERSION, **request}).encode() + b"\n")
+            with contextlib.suppress(BrokenPipeError):  # whoever closed at once has said why
+                self._socket.sendall(json.dumps({"v": VERSION, **request}).encode() + b"\n")
             while b"\n" not in self._pending:
                 received = self._socket.recv(MAX_LINE_BYTES)
                 if not received:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ class Process:
     def alive(self) -> bool:
         """Whether this very process lives; one that ended and was not waited for does not."""
         return self.letter() not in ("", "Z", "X")
+
+    def age_s(self) -> float:
+        """Seconds since it started."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - self.start_ticks / os.sysconf("SC_CLK_TCK")
 
     def letter(self) -> str:
         """The kernel's letter for its state: T is stopped, D waits for a device; empty: it is gone."""

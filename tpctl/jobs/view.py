@@ -71,9 +71,17 @@ def row(found: Look) -> dict[str, Any]:
         "frame_age_s": health.frame_age_s,
         "period_s": health.period_s,
         "restarts": record.restarts,
-        "age_s": (record.ended_at or time.time()) - record.created_at,
+        "age_s": _age_s(found.seen),
         "supervisor_pid": record.supervisor.pid if record.supervisor else None,
     }
+
+
+def _age_s(seen: Seen) -> float:
+    """How long its supervisor has run, on a clock that nobody sets; of a job that is over, how long it did."""
+    record = seen.record
+    if seen.supervisor_alive and record.supervisor is not None:
+        return record.supervisor.age_s()
+    return max(0.0, (record.ended_at or time.time()) - record.created_at)
 
 
 def unreadable(name: str, error: JobError) -> tuple[dict[str, Any], Finding]:
