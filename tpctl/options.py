@@ -39,6 +39,9 @@ SetOption = Annotated[
 JobArgument = Annotated[
     str, typer.Argument(help="A job's name; tpctl ps lists them.", metavar="JOB", autocompletion=complete.jobs)
 ]
+OneJobArgument = Annotated[
+    str | None, typer.Argument(help="A job's name; tpctl ps lists them.", metavar="JOB", autocompletion=complete.jobs)
+]
 
 PROJECT_FILE = "tpctl.toml"
 

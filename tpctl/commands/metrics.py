@@ -38,9 +38,7 @@ YAML, JSON = "application/yaml", "application/json"
 )
 def metrics(
     out: Output,
-    name: Annotated[
-        str | None, typer.Argument(help="A job's name; tpctl ps lists them.", metavar="JOB", show_default=False)
-    ] = None,
+    name: options.OneJobArgument = None,
     scrape_config: Annotated[
         bool, typer.Option("--scrape-config", help="Print an example configuration for Prometheus.")
     ] = False,
