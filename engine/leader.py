@@ -38,7 +38,7 @@ def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: M
         stage0 = Stage0(config, context.timeline, materials)
         clock = Clock()
         for _ in range(config.run.chunks) if config.run.chunks else itertools.count():
-            if not context.goes_on(stage0.chunk_index + 1, lambda: heartbeat.failure is None, clock.turn):
+            if not context.goes_on(stage0.chunk_index + 1, lambda: heartbeat.failure is None, clock.restart):
                 break
             if heartbeat.failure is not None:
                 peers_wait = False

@@ -48,6 +48,11 @@ class Clock:
         self._times[name] = (now - self._last) / 1e6
         self._last = now
 
+    def restart(self) -> None:
+        """Begin a chunk now: what went before belongs to none."""
+        self._start = self._last = time.monotonic_ns()
+        self._times = {}
+
     def turn(self) -> dict[str, Any]:
         times = self._times | {"period_ms": (self._last - self._start) / 1e6, "ended_ns": self._last}
         self._start, self._times = self._last, {}
