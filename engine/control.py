@@ -53,7 +53,7 @@ class ControlError(EngineError):
     next_step = "tpctl set --help"
 
 
-@dataclass
+@dataclass(slots=True)
 class Request:
     """One accepted request. `state` is received, held, applied, shown or taken back; its event is forgotten once it
     was applied."""

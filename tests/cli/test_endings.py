@@ -35,7 +35,9 @@ def test_a_drain_under_load_loses_nothing_and_its_receipt_says_so(cli, state):
     assert len(planned["blockers"]) == 2
     assert data_of(cli, "status", "load")["state"] == "running"
 
-    a_drain_is_taken_back_on_demand_and_at_its_deadline(cli, data_of(cli, "status", "load")["ranks"][1]["pid"])
+    pid = data_of(cli, "status", "load")["ranks"][1]["pid"]
+    a_drain_is_taken_back_on_demand(cli, "load", pid)
+    a_drain_is_taken_back_at_its_deadline(cli, "load", pid)
 
     done = cli("drain", "load", "-o", "json")
     assert done.exit_code == 0, done.stdout
@@ -64,19 +66,20 @@ def test_a_drain_under_load_loses_nothing_and_its_receipt_says_so(cli, state):
     assert validated(never.stdout)["data"]["waited_s"] < 5
 
 
-def a_drain_is_taken_back_on_demand_and_at_its_deadline(cli, pid: int) -> None:
-    """A mesh that is stopped keeps each drain from its point of no return."""
-    nobody = cli("drain", "load", "--cancel")
+def a_drain_is_taken_back_on_demand(cli, name: str, pid: int) -> None:
+    """A mesh that is stopped keeps the drain from its point of no return."""
+    nobody = cli("drain", name, "--cancel")
     assert nobody.exit_code == 3
     assert "no drain is under way" in nobody.stderr
+    assert "TP-7855" in cli("drain", name, "--cancel", "--deadline", "3").stderr
     os.kill(pid, signal.SIGSTOP)
-    command = [sys.executable, "-m", "tpctl", "drain", "load", "-o", "json"]
+    command = [sys.executable, "-m", "tpctl", "drain", name, "-o", "json"]
     asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     end = time.monotonic() + DEADLINE_S
-    while (found := read_order(place.find("load").order)) is None or found.kind is not Kind.DRAIN:
+    while (found := read_order(place.find(name).order)) is None or found.kind is not Kind.DRAIN:
         assert time.monotonic() < end
         nap.wait(0.02)
-    cancelled = cli("drain", "load", "--cancel")
+    cancelled = cli("drain", name, "--cancel")
     assert cancelled.exit_code == 0, cancelled.stderr
     said, _ = asked.communicate(timeout=DEADLINE_S)
     assert asked.returncode == 3
@@ -85,22 +88,31 @@ def a_drain_is_taken_back_on_demand_and_at_its_deadline(cli, pid: int) -> None:
     assert receipt["ending"] is None
     assert receipt["account"]["accepted"] == receipt["account"]["emitted"] + receipt["account"]["in_flight"]
     os.kill(pid, signal.SIGCONT)
-    assert data_of(cli, "prompt", "load", "it goes on")["state"] == "shown"
+    assert data_of(cli, "prompt", name, "it goes on")["state"] == "shown"
 
+
+def a_drain_is_taken_back_at_its_deadline(cli, name: str, pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
-    done = cli("drain", "load", "--deadline", "0.5", "--on-deadline", "resume", "-o", "json")
+    done = cli("drain", name, "--deadline", "0.5", "--on-deadline", "resume", "-o", "json")
     assert done.exit_code == 6, done.stdout
     receipt = validated(done.stdout)["data"]
     assert receipt["taken_back"]
     assert "blocked by rank 1: running, stopped by a signal" in receipt["why"]
     assert "in flight takes longer than its 0.35 s; rank 1" in done.stderr
+    left = cli("drain", name, "--deadline", "0.5", "--on-deadline", "fail", "-o", "json")
+    assert left.exit_code == 6, left.stdout
+    receipt = validated(left.stdout)["data"]
+    assert (receipt["ending"], receipt["taken_back"]) == (None, False)
+    assert [(one["rank"], one["stopped"]) for one in receipt["blockers"]] == [(1, True), (0, False)]
+    assert cli("drain", name, "--cancel").exit_code == 0
     os.kill(pid, signal.SIGCONT)
-    assert data_of(cli, "prompt", "load", "and on")["state"] == "shown"
+    assert data_of(cli, "prompt", name, "and on")["state"] == "shown"
 
 
 def test_a_wedged_job_is_aborted_at_the_deadline_which_its_receipt_says(cli, state):
     started(cli, "stuck", "plan.tp=2")
     frozen = data_of(cli, "status", "stuck")["ranks"][1]["pid"]
+    a_drain_is_taken_back_on_demand(cli, "stuck", frozen)
     os.kill(frozen, signal.SIGSTOP)
     assert cli("wait", "stuck", "--for", "wedged", "--timeout", "20").exit_code == 0
     assert cli("wait", "stuck", "--for", "drained", "--fail-on", "wedged", "--timeout", "20").exit_code == 3
