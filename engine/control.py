@@ -43,6 +43,7 @@ ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 STEERS = ("prompt", "cut", "bias", "recompute", "paused")
 OPS = ("steer", "receipt", "take-back", "metrics")
 NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+NOT_ASKED = "no drain is under way"  # why nothing can be taken back, as yet
 CREDENTIALS = struct.Struct("3i")
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.blackbox import start_ticks
+from engine.control import NOT_ASKED
 from engine.errors import ConfigError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -62,7 +63,7 @@ class DrainRequest:
             if self._begun:
                 return "it is past its point of no return: what was in flight is done, and the ranks leave"
             if not self._requested.is_set():
-                return "no drain is under way"
+                return NOT_ASKED
             self._requested.clear()
             self._on_taken_back()
             return None

@@ -15,8 +15,8 @@ from engine.config import EngineConfig
 from tests.cli.conftest import validated
 from tests.cli.jobs import DEADLINE_S, data_of, nap, sets, state, tag_of, until
 from tpctl.jobs import place, start
-from tpctl.jobs.order import Kind, read_order
 from tpctl.jobs.process import Process
+from tpctl.jobs.record import JobRecord
 from tpctl.launch.local import tagged
 
 __all__ = ["state"]
@@ -76,7 +76,7 @@ def a_drain_is_taken_back_on_demand(cli, name: str, pid: int) -> None:
     command = [sys.executable, "-m", "tpctl", "drain", name, "-o", "json"]
     asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     end = time.monotonic() + DEADLINE_S
-    while (found := read_order(place.find(name).order)) is None or found.kind is not Kind.DRAIN:
+    while JobRecord.read(place.find(name).record).draining is None:
         assert time.monotonic() < end
         nap.wait(0.02)
     cancelled = cli("drain", name, "--cancel")

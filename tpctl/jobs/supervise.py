@@ -25,6 +25,7 @@ from pathlib import Path
 import tomli_w
 
 from engine.config import EngineConfig, load
+from engine.control import NOT_ASKED
 from engine.errors import EngineError
 from engine.lifecycle import RankExit, RankState
 from tpctl.errors import JobError
@@ -234,13 +235,18 @@ class Supervisor:
     def _take_back(self, unread: str | None = None) -> str | None:
         """Let the stream go on. Returns why not, where that cannot be. A drain that was never read is gone already."""
         if self._drain is None:
-            return "no drain is under way" if unread is None else None
-        try:
-            if self._delivered:
+            return NOT_ASKED if unread is None else None
+        end = time.monotonic() + TAKE_BACK_S
+        while self._delivered:
+            try:
                 with Line(self.job, TAKE_BACK_S) as line:
                     line.ask({"id": uuid.uuid4().hex, "op": "take-back"})
-        except JobError as error:
-            return error.message
+                break
+            except JobError as error:
+                # The signal that asks for the drain is sent, and may not be heard yet.
+                if NOT_ASKED not in error.message or time.monotonic() > end:
+                    return error.message
+                self._nap.wait(APART_S)
         return None
 
     def _answer(self, order_id: str, refused: str | None, why: str | None = None) -> None:
