@@ -15,7 +15,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,8 @@ class Comms:
         self._arrived: Posted | EngineError | None = None
         self._farewell: EngineError | None = None
         self._closing = False
+        self._rest: set[str] = set()  # the threads that wait, of Stage 0's two
+        self._told = False
         self.failure: BaseException | None = None
         self._posted: queue.SimpleQueue[Posted | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="comms", daemon=True)
@@ -124,7 +127,8 @@ class Comms:
             EngineError: whatever ended the comms thread.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._d_out or self.failure is not None)
+            with self._resting("stage0"):
+                self._changed.wait_for(lambda: self._d_out or self.failure is not None)
             if not self._d_out:
                 self._raise_failure()
             arrival = self._d_out.popleft()
@@ -199,10 +203,11 @@ class Comms:
         beat_at = time.monotonic() + self._live.heartbeat_s
         while True:
             with self._changed:
-                self._changed.wait_for(
-                    lambda: self._arrived is not None or self._may_send() or self._may_leave(),
-                    None if self._unanswered else max(0.0, beat_at - time.monotonic()),
-                )
+                with self._resting("comms"):
+                    self._changed.wait_for(
+                        lambda: self._arrived is not None or self._may_send() or self._may_leave(),
+                        None if self._unanswered else max(0.0, beat_at - time.monotonic()),
+                    )
                 arrived, may_send, may_leave = self._arrived, self._may_send(), self._may_leave()
             if arrived is not None:
                 self._take_in(arrived)
@@ -218,6 +223,31 @@ class Comms:
     def _may_send(self) -> bool:
         """A place in `d_out` is kept for every answer: none is sent while results wait in all of them."""
         return bool(self._d_in) and len(self._unanswered) + len(self._d_out) < self._pipeline.d_out
+
+    @contextmanager
+    def _resting(self, who: str) -> Iterator[None]:
+        """One of the two threads waits for something to change; the caller holds the lock."""
+        self._rest.add(who)
+        self._tell()
+        try:
+            yield
+        finally:
+            self._rest.discard(who)
+            self._tell()
+
+    def _tell(self) -> None:
+        """Say in the black box whether an answer is all that can wake either thread: then nothing is sent before it."""
+        tells = (
+            len(self._rest) == 2
+            and bool(self._unanswered)
+            and self._arrived is None
+            and not self._d_out
+            and self.failure is None
+            and not self._may_send()
+        )
+        if tells is not self._told:
+            self._told = tells
+            self._link.rest(self._room if tells else None)
 
     def _may_leave(self) -> bool:
         return self._closing and not self._unanswered

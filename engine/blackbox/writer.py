@@ -133,12 +133,13 @@ class BlackBox:
         self._words[GROUPS] = slot + 1
         return slot
 
-    def enter(self, slot: int, signature: bytes, site: bytes, ids: Mapping[str, int]) -> None:
-        """Record that a collective is entered, and that this rank is inside it.
+    def enter(self, slot: int, signature: bytes, site: bytes, ids: Mapping[str, int], *, inside: bool = True) -> int:
+        """Record that a collective is entered, and that this rank is inside it; returns the record's number.
 
         Args:
             slot: of `open_group`.
             signature, site: what `pack_signature` and `pack_site` made.
+            inside: whether the rank waits in it, rather than going on.
         """
         words = self._words
         seq = self._collectives + 1
@@ -152,7 +153,13 @@ class BlackBox:
         self._map[offset : offset + COLLECTIVE_BYTES] = body + pack_crc(crc32(body))
         self._collectives = words[COLLECTIVES] = seq
         words[COUNTS + slot] = place
-        words[INSIDE] = seq
+        if inside:
+            words[INSIDE] = seq
+        return seq
+
+    def wait_in(self, seq: int) -> None:
+        """From now on the rank waits in a collective that it entered earlier, and enters no other until it came."""
+        self._words[INSIDE] = seq
 
     def leave(self) -> None:
         """The collective came back."""

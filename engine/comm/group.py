@@ -201,7 +201,8 @@ class Group:
 
         self.all_reduce(torch.zeros(1, dtype=torch.int64))
 
-    def _enter(self, op: str, tensor: torch.Tensor) -> None:
+    def _enter(self, op: str, tensor: torch.Tensor, *, inside: bool = True) -> int:
+        """Refuse, or fold into the ledger and the black box; returns the record's number there, 0 without one."""
         self._require_member(op)
         refusal = self.gate.refusal()
         if refusal is not None:
@@ -231,8 +232,9 @@ class Group:
         if call is None:
             call = self._calls[key] = Call.of(self.label, self.members, op, tensor)
         self.ledger.add(call)
-        if self._blackbox is not None:
-            self._blackbox.enter(self._slot, call.signature, call_site(), self.gate.ids)
+        if self._blackbox is None:
+            return 0
+        return self._blackbox.enter(self._slot, call.signature, call_site(), self.gate.ids, inside=inside)
 
     @contextmanager
     def _backend(self, op: str) -> Iterator[None]:

@@ -141,6 +141,14 @@ class Stage0End(_End):
         """Make room for the next answer."""
         return self.pair.up.post(torch.zeros(FIRST_BYTES, dtype=torch.uint8))
 
+    def rest(self, room: Posted | None) -> None:
+        """Say that this rank waits for what comes into `room`, and sends nothing before; None: that it waits no more.
+
+        So the referee can prove that nobody comes: see `engine.referee.judge`.
+        """
+        if self._blackbox is not None:
+            self._blackbox.wait_in(room.number if room is not None else 0)
+
     def read(self, first: Posted) -> Result:
         """The answer that has arrived, in the receiver order of the contract (section 4), in memory of its own.
 

@@ -24,10 +24,12 @@ OP = "message"
 
 
 class Posted:
-    """A message under way. Its tensor belongs to the backend until `wait` returns."""
+    """A message under way. Its tensor belongs to the backend until `wait` returns; `number` is that of its record in
+    the black box."""
 
-    def __init__(self, channel: Channel, work: Any, tensor: torch.Tensor) -> None:
+    def __init__(self, channel: Channel, work: Any, tensor: torch.Tensor, number: int) -> None:
         self.tensor = tensor
+        self.number = number
         self._channel = channel
         self._work = work
 
@@ -53,12 +55,12 @@ class Channel(Group):
     def post(self, tensor: torch.Tensor) -> Posted:
         """Hand a message, or the room for one, to the backend, and go on.
 
-        The black box counts it as entered, but does not show this rank inside it: it waits for nobody.
+        The black box counts it as entered, but never shows this rank inside it: it waits for nobody.
         """
-        self._enter(OP, tensor)
+        number = self._enter(OP, tensor, inside=False)
         with self._backend(OP):
             work = self._start(tensor)
-        return Posted(self, work, tensor)
+        return Posted(self, work, tensor, number)
 
     def exchange(self, tensor: torch.Tensor) -> torch.Tensor:
         """Send or receive, whichever end this is, and wait until it is done; returns the same tensor.

@@ -39,6 +39,22 @@ def spoiled_after_receipt(scene: Scene) -> None:
     wrap(scene.up, "receive", make)
 
 
+def swallowed(scene: Scene) -> None:
+    """On the leader: an envelope that it takes, and neither serves nor answers."""
+
+    def make(receive: Method) -> Method:
+        def altered() -> Received | None:
+            received: Received | None = receive()
+            if received is not None and received.header.chunk_index == scene.drill.at_chunk:
+                scene.inject()
+                received = receive()
+            return received
+
+        return altered
+
+    wrap(scene.up, "receive", make)
+
+
 def astray_in_phase_b(scene: Scene) -> None:
     """The generator's own reduction, once, on the group of all ranks instead of the mesh's."""
     done = False

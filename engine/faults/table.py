@@ -43,6 +43,7 @@ from engine.faults.pplink import (
     sent_twice,
     spoiled_after_receipt,
     stuck_in_a_receive,
+    swallowed,
 )
 from engine.faults.scene import Scene
 
@@ -59,6 +60,7 @@ FAULTS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
         "OM-05": nothing,
         "OM-06": in_phase_b(stray_broadcast),
         "OM-07": spoiled_after_receipt,
+        "OM-07.silent": swallowed,
         "OM-08": astray_in_phase_b,
         "OM-09": late_answer,
         "OM-10": prepared(lambda e: retensor(e, context_frames=None)),
@@ -80,6 +82,7 @@ FAULTS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
         "OM-18.back": on_the_wire(call_id(1)),
         "OM-18.repeat": on_the_wire(call_id(0)),
         "OM-19": sent_twice,
+        "OM-19.cache": sent_twice,
         "OM-20": reordered,
         "OM-21.magic": on_the_wire(flip(0)),
         "OM-21.version": on_the_wire(flip(8, 2)),

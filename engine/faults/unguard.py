@@ -137,6 +137,13 @@ def _no_repeat_check(rank: int) -> None:
     wrap(p2p.LeaderEnd, "receive", make)
 
 
+def _no_repeat_check_at_all(rank: int) -> None:
+    """Neither are repeated ids refused, nor a position that does not follow from the last chunk."""
+    _no_repeat_check(rank)
+    blind(LinkState, "problem", "cut_problem")
+    blind(Stage1, "_check_progress")
+
+
 def _no_join_deadline(rank: int) -> None:
     def make(close: Method) -> Method:
         def altered(comms: Any, *error: Any) -> None:
@@ -193,6 +200,7 @@ UNGUARD: Mapping[str, Callable[[int], None]] = MappingProxyType(
         "OM-05": _parity_off,
         "OM-06": _no_group_check,
         "OM-07": _no_farewell,
+        "OM-07.silent": _no_liveness,
         "OM-08": _no_group_check,
         "OM-09": _no_epoch_check,
         "OM-10": _no_sender_checks,
@@ -203,6 +211,7 @@ UNGUARD: Mapping[str, Callable[[int], None]] = MappingProxyType(
         "OM-18.back": _trusting_receiver,
         "OM-18.repeat": _trusting_receiver,
         "OM-19": _no_repeat_check,
+        "OM-19.cache": _no_repeat_check_at_all,
         "OM-20": _no_order_check,
         "OM-22": _no_join_deadline,
         "OM-23": _no_owner,

@@ -143,18 +143,24 @@ def _stuck(snapshot: Snapshot) -> Verdict | None:
         return None
     inside = {rank: entry for rank in sorted(stuck) if (entry := snapshot.seats[rank].inside) is not None}
     absent = sorted({other for rank in stuck for other in waits[rank] & finished})
+    link = {rank: entry for rank, entry in inside.items() if entry.op == MESSAGE}
     if absent:
-        return _left(snapshot, inside, absent)
-    return _deadlock(snapshot, inside)
+        first = {rank: entry for rank, entry in inside.items() if waits[rank] & finished}
+        return _left(snapshot, first if link else inside, absent)
+    if len(link) == 2:
+        return _deadlock(snapshot, link)  # both ends: who else is stuck is so because of them
+    # One end alone waits for the mesh, like whoever stands behind the ranks that wait for each other there.
+    return _deadlock(snapshot, {rank: entry for rank, entry in inside.items() if rank not in link})
 
 
 def needed(seat: Seat, entry: Collective | None, snapshot: Snapshot) -> set[int]:
     """Local ranks without which a rank's collective cannot complete, and which have not entered it.
 
     A broadcast is sure to need its leader only; the leader itself may be done as soon as its bytes are on the way.
-    A message of a pp link needs nobody: its receive is posted ahead, and the rank goes on with other things.
+    A message of a pp link needs both ends. One that was posted ahead, by a rank that goes on with other things, is no
+    collective that it is inside of.
     """
-    if entry is None or entry.group not in seat.groups or entry.op == MESSAGE:
+    if entry is None or entry.group not in seat.groups:
         return set()
     group = seat.groups[entry.group]
     partners: Iterable[int] = group.ranks
@@ -192,7 +198,8 @@ def _deadlock(snapshot: Snapshot, inside: Mapping[int, Collective]) -> Verdict:
     if astray and len(astray) < len(inside):
         triggers = astray  # the phase allows another group only, and the others are in it
     alike = len({(entry.op, entry.what) for entry in inside.values()}) == 1
-    wrong_group = len({entry.group for entry in inside.values()}) > 1 and (alike or bool(astray))
+    crossed = len({entry.group for entry in inside.values()}) > 1 and any(e.op != MESSAGE for e in inside.values())
+    wrong_group = crossed and (alike or bool(astray))
     return Verdict(
         Kind.DEADLOCK,
         "FM-22" if wrong_group else "FM-03",

@@ -151,8 +151,8 @@ def _seat_to_json(seat: Seat, groups: dict[Members, int]) -> dict[str, Any]:
         "ending_ns": seat.ending_ns,
         "groups": [groups.setdefault(group, len(groups)) for group in seat.groups.values()],
         "counts": dict(seat.counts),
-        # A rank can only be inside its last collective.
-        "inside": seat.inside is not None,
+        # Stage 0 may wait in a message that it made room for earlier: of that, other hosts hear nothing.
+        "inside": seat.inside is not None and last is not None and seat.inside.seq == last.seq,
         "last": None
         if last is None
         else [getattr(last, name) for name in (*ENTRY, "line")]

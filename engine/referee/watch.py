@@ -105,11 +105,16 @@ class RankWatch:
             phase=live.phase,
             ending=ending,
             ending_ns=ending_ns,
-            inside=record if record is not None and record.seq == live.inside else None,
+            inside=record if record is not None and record.seq == live.inside else self._entered(live.inside),
             last=record,
             groups={group.name: group for group in self._groups},
             counts={group.name: count for group, count in zip(self._groups, live.counts, strict=True)},
         )
+
+    def _entered(self, seq: int) -> Collective | None:
+        """A collective that is not the last that the rank entered; None if there is none."""
+        raw = self.box.collectives(seq - 1, seq) if seq else []
+        return unpack_collective(raw[0]) if raw else None
 
     def _ask_kernel(self, now_ns: int, slept: bool) -> None:
         if self.pidfd is None or self._stat is None:

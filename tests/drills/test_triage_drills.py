@@ -54,6 +54,7 @@ CHOSEN = [
 # Rank 0 out of the mesh: these are judged as drills too, by the run that triage then reads.
 PP_CHOSEN = [
     "OM-07",
+    "OM-07.silent",
     "OM-07.wire",
     "OM-08.pp-follower",
     "OM-09",

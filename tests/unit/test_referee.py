@@ -38,6 +38,32 @@ def inside(rank: int, place: int, size: int = 2, *, mesh: int = 0, world: int = 
     return Seat(rank, 100 + rank, inside=call, last=call, groups=groups(size), counts=counts)
 
 
+PP = {
+    "pp_pg.down": Members("pp_pg.down", 0, (0, 1)),
+    "pp_pg.up": Members("pp_pg.up", 1, (0, 1)),
+    "mesh_pg": Members("mesh_pg", 1, (1, 2)),
+    "world_pg": Members("world_pg", 0, (0, 1, 2)),
+}
+
+
+def pp_seat(rank: int, *, down: int = 0, up: int = 0, mesh: int = 0, **fields) -> Seat:
+    """Rank 0 is Stage 0, rank 1 the leader; `down` and `up` count the messages that it sent or made room for."""
+    counts = {"pp_pg.down": down, "pp_pg.up": up, "mesh_pg": mesh, "world_pg": 2}
+    own = {name: group for name, group in PP.items() if rank in group.ranks}
+    return Seat(rank, 100 + rank, groups=own, counts=counts, phase="link", **fields)
+
+
+def pp_inside(rank: int, where: str, place: int, **counts: int) -> Seat:
+    """It waits in this place: in a message of the link, for the header in `mesh_pg`, or astray in `world_pg`."""
+    name, of = (where, HEADER) if where.endswith("_pg") else (f"pp_pg.{where}", {"op": "message", "what": "uint8[8]"})
+    call = entry(place, group=name, **of)
+    found = pp_seat(rank, **counts)
+    return replace(found, inside=call, last=call, counts={**found.counts, name: place})
+
+
+HEADER = {"op": "broadcast", "what": "uint8[64]"}
+
+
 def gone(rank: int, size: int = 2, *, at: int = NOW, signal: int | None = 9, mesh: int = 0) -> Seat:
     return seat(rank, size, mesh=mesh, life=Life.GONE, changed_ns=at, wait_status=signal)
 
@@ -66,7 +92,6 @@ def difference(size: int, **entered: Collective) -> Difference:
 
 
 X, Y = entry(5), entry(5, op="all_gather", what="int64[3]")
-HEADER = {"op": "broadcast", "what": "uint8[64]"}
 
 HEALTHY = {
     "nobody seen yet": snapshot(size=2),
@@ -79,8 +104,23 @@ HEALTHY = {
     "leader in a broadcast that needs nobody": snapshot(
         inside(0, 4, **HEADER), inside(1, 2, mesh=3, group="world_pg"), t=NOW * 1000
     ),
-    "posted receives of a pp link: both ranks go on with other things": snapshot(
-        inside(0, 1, group="pp_pg.up", op="message"), inside(1, 1, group="pp_pg.down", op="message"), t=NOW * 1000
+    "an idle pp job: the leader waits for an envelope, the mesh for its leader": snapshot(
+        pp_seat(0, down=6, up=4), pp_inside(1, "down", 7, up=3), pp_inside(2, "mesh_pg", 9, mesh=8), t=NOW * 1000
+    ),
+    "a pp job at work: Stage 0 waits for an answer, the leader makes it": snapshot(
+        pp_inside(0, "up", 4, down=6), pp_seat(1, down=6, up=3, mesh=9), pp_inside(2, "mesh_pg", 10), t=NOW * 1000
+    ),
+    "the answer is under way, and Stage 0 has not looked yet": snapshot(
+        pp_inside(0, "up", 4, down=6), pp_inside(1, "up", 4, down=6), pp_inside(2, "mesh_pg", 9), t=NOW * 1000
+    ),
+    "it was answered, and Stage 0 has not looked yet": snapshot(
+        pp_inside(0, "up", 4, down=6), pp_inside(1, "down", 7, up=4), pp_inside(2, "mesh_pg", 9), t=NOW * 1000
+    ),
+    "the next envelope is on its way to a leader that waits for it": snapshot(
+        pp_inside(0, "up", 4, down=7), pp_inside(1, "down", 7, up=3), pp_inside(2, "mesh_pg", 9), t=NOW * 1000
+    ),
+    "Stage 0 has said SHUTDOWN and left, and the leader has not looked yet": snapshot(
+        pp_seat(0, down=7, up=4, state=RankState.EXITED), pp_inside(1, "down", 7, up=3), pp_inside(2, "mesh_pg", 9)
     ),
     "drained, one after the other": snapshot(ended(0, 0, mesh=9), seat(1, mesh=9, state=RankState.SHUTDOWN)),
     "drained, the other still in the last place": snapshot(ended(0, 0, mesh=9), inside(1, 9, **HEADER)),
@@ -96,6 +136,40 @@ def test_no_verdict(name: str) -> None:
 
 
 GUILTY: dict[str, tuple[Snapshot, Kind, str | None, tuple[int, ...], tuple[int, ...]]] = {
+    "an envelope without an answer: both ends of the pp link wait": (
+        snapshot(pp_inside(0, "up", 4, down=6), pp_inside(1, "down", 7, up=3), pp_inside(2, "mesh_pg", 9, mesh=8)),
+        *(Kind.DEADLOCK, "FM-03", (), (0, 1)),
+    ),
+    "the leader is astray, and Stage 0 waits behind it": (
+        snapshot(
+            pp_inside(0, "up", 4, down=6),
+            replace(pp_inside(1, "world_pg", 3, down=6, up=3, mesh=8), phase="B"),
+            replace(pp_inside(2, "mesh_pg", 9), phase="B"),
+        ),
+        *(Kind.DEADLOCK, "FM-22", (1,), (2,)),
+    ),
+    "Stage 0 drained, and the leader was not told": (
+        snapshot(
+            pp_seat(0, down=6, up=4, state=RankState.EXITED, state_ns=NOW),
+            pp_inside(1, "down", 7, up=3),
+            pp_inside(2, "mesh_pg", 9, mesh=8),
+        ),
+        *(Kind.LEFT, "FM-03", (), (1,)),
+    ),
+    "the leader never answered: Stage 0 waited until its deadline": (
+        snapshot(
+            replace(
+                pp_inside(0, "up", 4, down=6),
+                life=Life.GONE,
+                state=RankState.ABORTED,
+                state_ns=NOW,
+                ending=Ending(72, {"code": "TP-6402", "message": "waited", "fm": "FM-41", "evidence": {}}),
+            ),
+            pp_seat(1, down=6, up=3),
+            pp_inside(2, "mesh_pg", 9, mesh=8),
+        ),
+        *(Kind.LATE, "FM-41", (1,), (0, 2)),
+    ),
     "two ranks differ: nobody is convicted": (
         snapshot(inside(0, 5), inside(1, 5), differences=(difference(2, r0=X, r1=Y),)),
         *(Kind.MISMATCH, "FM-03", (), (0, 1)),

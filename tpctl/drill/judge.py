@@ -289,6 +289,10 @@ def _blame(seen: Seen) -> tuple[bool, str]:
         alone = stopped[0] if stopped else first
         return alone == drill.victim_rank, f"rank {alone}"
     table: Mapping[str, Any] = evidence.get("by_rank") or next(iter((evidence.get("differences") or {}).values()), {})
+    if not table and seen.proved:
+        between = list(seen.proved.get("triggers") or seen.proved.get("victims", ()))
+        right = drill.victim_rank in between and len(between) <= 2
+        return right, f"difference between {', '.join(f'rank {rank}' for rank in between)}"
     minority = [int(rank) for rank in evidence.get("minority") or ()]
     if not minority and f"the odd one out is rank {drill.victim_rank}" in str(seen.error.get("message")):
         minority = [drill.victim_rank]

@@ -90,6 +90,8 @@ def _note(result: CaseResult) -> str:
     if result.case.kind == "drill":
         figures = result.metrics
         gone = f", gone in {figures['gone_ms']:.0f} ms" if figures.get("gone_ms") is not None else ""
+        if figures.get("blame") == "nobody":
+            return "the stream goes on"
         return f"{figures.get('code') or ''} {figures.get('fm') or ''}".strip() + gone
     score = result.metrics.get("overlap_score")
     if score is not None:
