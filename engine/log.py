@@ -39,10 +39,10 @@ class Level(StrEnum):
 
     @property
     def weight(self) -> int:
-        return LEVELS.index(self)
+        return WEIGHTS[self]
 
 
-LEVELS = tuple(Level)
+WEIGHTS = {level: weight for weight, level in enumerate(Level)}
 
 
 class Log:
