@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from engine.log import log_path
 from tests.cli.conftest import validated
 from tests.cli.jobs import DEADLINE_S, data_of, in_state, nap, sets, state, until
@@ -20,17 +22,27 @@ __all__ = ["state"]
 COMMAND = [sys.executable, "-m", "tpctl"]
 
 
-def start(*args: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start():
+    """Starts a command beside the test; whatever still runs at its end is killed."""
+    started: list[subprocess.Popen[str]] = []
 
+    def begin(*args: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
 
-def end(process: subprocess.Popen[str]) -> tuple[list[dict], str]:
-    """The JSON lines of a command that ends by itself."""
-    try:
-        out, err = process.communicate(timeout=DEADLINE_S)
-    finally:
+    yield begin
+    for process in started:
         process.kill()
-    return [json.loads(line) for line in out.splitlines()], err
+        process.communicate()
+
+
+def end(process: subprocess.Popen[str]) -> list[dict]:
+    """The JSON lines of a command that ends by itself."""
+    out, err = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, err
+    return [json.loads(line) for line in out.splitlines()]
 
 
 def in_order(records: list[dict]) -> None:
@@ -43,7 +55,7 @@ def in_order(records: list[dict]) -> None:
     assert clock == sorted(clock)
 
 
-def test_a_job_is_watched_from_its_start_to_its_drain(cli, state, tmp_path):
+def test_a_job_is_watched_from_its_start_to_its_drain(cli, state, start):
     assert cli("up", "--name", "one", *sets("plan.tp_plan=pp0", "log.level=debug")).exit_code == 0
     following, watching = (
         start("logs", "one", "-f", "-o", "jsonl"),
@@ -84,8 +96,7 @@ def test_a_job_is_watched_from_its_start_to_its_drain(cli, state, tmp_path):
     assert leaving.returncode == 130
 
     assert cli("drain", "one").exit_code == 0
-    *records, envelope = end(following)[0]
-    assert following.returncode == 0
+    *records, envelope = end(following)
     assert {r.pop("kind") for r in records} == {"log"}
     in_order(records)
     whole = validated(json.dumps({key: value for key, value in envelope.items() if key != "kind"}))
@@ -95,8 +106,7 @@ def test_a_job_is_watched_from_its_start_to_its_drain(cli, state, tmp_path):
     assert [r for r in records if r["origin"] == "rank"] == [r for r in after if r["origin"] == "rank"]
     assert [(r["rank"], r["data"]["signal"]) for r in after if r["event"] == "signal"][:1] == [(0, "SIGTERM")]
 
-    *looks, last = end(watching)[0]
-    assert watching.returncode == 0
+    *looks, last = end(watching)
     assert looks
     assert looks[0]["jobs"][0]["name"] == last["data"]["jobs"][0]["name"] == "one"
     assert last["data"]["jobs"][0]["state"] == "drained"
