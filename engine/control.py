@@ -63,6 +63,7 @@ class Request:
     state: str = "received"
     chunk_index: int | None = None
     text: str | None = None
+    name: str = ""
 
 
 @dataclass
@@ -77,6 +78,7 @@ class Steering:
     take_back: Callable[[], str | None] = lambda: "nothing drains here"
     metrics: Callable[[], str] = lambda: ""
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    on_applied: Callable[[str, list[str], int], None] | None = None  # hears of each request as Stage 0 takes it
     _paused: bool = False
     _pauses: list[Request] = field(default_factory=list)  # and the end of pauses: what waits for `holds`
     _known: OrderedDict[str, Request] = field(default_factory=OrderedDict)
@@ -125,11 +127,15 @@ class Steering:
         """Everything that waits, on top of what the timeline has for this chunk. Called once a chunk, in order."""
         with self._lock:
             taken, self._waiting = self._waiting, []
+            told = [(request.name, _changes(request.event)) for request in taken]
             event = planned
             for request in taken:
                 event = event if request.event is None else _over(event, request.event)
                 request.event, request.state, request.chunk_index = None, "applied", chunk_index
             self._applied += taken
+        if self.on_applied is not None:
+            for name, changes in told:
+                self.on_applied(name, changes, chunk_index)
         return event
 
     def shown(self, chunk_index: int) -> None:
@@ -176,7 +182,7 @@ class Steering:
                 return known
             if len(self._waiting) + len(self._pauses) >= MAX_WAITING:
                 raise ControlError(f"{MAX_WAITING} requests wait for the next chunk already", code="TP-6505")
-            request = Request(event)
+            request = Request(event, name=name)
             self._remember(name, request)
             if paused is not None:
                 self._paused = paused
@@ -255,6 +261,14 @@ def _only(data: Mapping[str, Any], keys: tuple[str, ...]) -> None:
     unknown = sorted(set(data) - set(keys))
     if unknown:
         raise ControlError(f"unknown key {_short(unknown[0])}", code="TP-6503")
+
+
+def _changes(event: Event | None) -> list[str]:
+    """The keys that a request changes."""
+    if event is None:
+        return []
+    given = {"prompt": event.prompt, "cut": event.cut or None, "bias": event.bias, "recompute": event.recompute}
+    return [key for key, value in given.items() if value is not None]
 
 
 def _short(value: Any) -> str:

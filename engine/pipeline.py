@@ -178,6 +178,7 @@ class Pipeline:
     def _drop(self, result: Result, fate: Fate) -> None:
         """A result that must not be decoded: counted and recorded."""
         self.context.blackbox.commit(f"drop {fate.value}", "pp_pg", result.ids())
+        self.context.journal.info("drop", f"the result of chunk {result.chunk_index} is {fate.value}", ids=result.ids())
         if fate is Fate.STALE:
             self.stage0.forget(self._flying.pop(result.chunk_index).plan)
             self.context.dropped("stale")

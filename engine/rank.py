@@ -15,6 +15,7 @@ from engine.control import Steering
 from engine.drain import DrainRequest
 from engine.errors import EngineError, TripwireError
 from engine.lifecycle import Doing, RankExit, RankState
+from engine.log import Log
 from engine.records import ChunkRecords, Header, StageRecords
 from engine.report import RankReport, age_s
 from engine.stage1 import MeshResult
@@ -39,6 +40,7 @@ class RankContext:
     report: RankReport
     timeline: Timeline
     blackbox: BlackBox
+    journal: Log
     steering: Steering | None = None
     metrics: StreamMetrics | None = None
 
@@ -63,8 +65,9 @@ class RankContext:
         self.records.append(record, result.global_end_index, result.local_end_index)
 
     def keep_record(self, record: dict[str, Any]) -> None:
-        """One chunk, for the report and, on rank 0, for the metrics."""
+        """One chunk, for the report, the log and, on rank 0, the metrics."""
         self.report.keep(record)
+        self._log_chunk(record)
         if self.metrics is not None:
             self.metrics.chunk(record)
 
@@ -84,11 +87,13 @@ class RankContext:
             if steering is None or not steering.holds(chunk_index):
                 return True
             self.doing(Doing.PAUSED)
+            self.journal.info("pause", f"held before chunk {chunk_index}")
             while steering.holds(chunk_index) and not self.drain.requested:
                 if not well():
                     return True
                 steering.wait(REST_S)
             self.blackbox.resume()
+            self.journal.info("resume", f"the stream goes on with chunk {chunk_index}")
             resumed()
         return False
 
@@ -98,6 +103,11 @@ class RankContext:
             self.count("dropped")
         if self.metrics is not None:
             self.metrics.dropped(reason)
+
+    def _log_chunk(self, record: dict[str, Any]) -> None:
+        """A chunk is done here. Written at level debug alone."""
+        times = {name: round(record[name], 3) for name in ("period_ms", "t_b_ms") if record.get(name) is not None}
+        self.journal.debug("chunk", f"chunk {record['chunk_index']} is done", ids=record, **times)
 
     def open_account(self) -> dict[str, int]:
         """On rank 0, once: accepted = emitted + dropped + abandoned, in every ending."""
@@ -121,6 +131,7 @@ class RankContext:
         """Once in the report, once on stderr."""
         if text not in self.report.warnings:
             self.report.warnings.append(text)
+            self.journal.warning("warning", text)
             print(f"rank {self.env.rank}: warning: {text}", file=sys.stderr, flush=True)
 
     def leave_now(self, error: EngineError) -> None:
@@ -130,6 +141,7 @@ class RankContext:
         self.report.times["aborted_s"] = age_s()
         self.blackbox.commit("leave now", "-", {})
         self.blackbox.enter_state(RankState.ABORTED)
+        self.journal.failed(error.to_record())
         print(f"rank {self.env.rank}: {error.code}: {error.message}", file=sys.stderr, flush=True)
         self.report.write()
         os._exit(error.exit_code)
@@ -149,6 +161,7 @@ class RankContext:
 
     def _first_signal(self, name: str) -> None:
         """Drain. Rank 0 leads it; before the stream runs there is nothing to drain, and the rank leaves."""
+        self.journal.info("signal", f"{name}: the first, which means drain", signal=name)
         if self.report.state not in STREAMING:
             self._abort(name, "before the stream ran")
         elif self.env.rank == 0:
@@ -160,9 +173,11 @@ class RankContext:
 
     def _drain_taken_back(self) -> None:
         self.watchdog.disarm("the drain")
+        self.journal.info("signal", "the drain is taken back: the stream goes on")
         print("rank 0: the drain is taken back: the stream goes on", file=sys.stderr, flush=True)
 
     def _second_signal(self, name: str) -> None:
+        self.journal.warning("signal", f"{name}: the second, which means abort", signal=name)
         self._abort(name, "a second time: abort")
 
     def _abort(self, name: str, when: str) -> None:

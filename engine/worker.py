@@ -41,6 +41,7 @@ from engine.evidence import Evidence
 from engine.faults import Parts
 from engine.follower import follow
 from engine.lifecycle import RankExit, RankState
+from engine.log import Level, Log, log_path
 from engine.meshleader import MeshLeader
 from engine.model.attention import resolve_backend
 from engine.model.loader import build_generator
@@ -69,15 +70,16 @@ class Worker:
         if self.device == "cuda":
             torch.cuda.set_device(env.local_rank)
         self.blackbox = BlackBox(run_dir / "ranks" / f"rank{env.rank}.blackbox", env.rank)
-        report.on_move = self.blackbox.enter_state
-        self.context = RankContext(config, env, run_dir, report, read_timeline(config), self.blackbox)
+        self.journal = open_journal(config, env, run_dir, self.blackbox)
+        report.on_move = self._moved
+        self.context = RankContext(config, env, run_dir, report, read_timeline(config), self.blackbox, self.journal)
 
     def run(self) -> None:
         """Start-up, the stream, the end. Raises whatever ends this rank early."""
         report, comm, live = self.report, self.config.comm, self.config.liveness
         self.topology.require_world(self.env)
         report.mesh_rank = self.topology.mesh_rank(self.env.rank)
-        report.role = self.topology.role(self.env.rank)
+        report.role = self.journal.role = self.topology.role(self.env.rank)
         report.tp_plan = self.config.plan.tp_plan
         report.move(RankState.JOINING)
         meeting = MeetingPoint(self.env, comm.join_timeout_s)
@@ -133,10 +135,25 @@ class Worker:
         from engine.metrics import StreamMetrics
 
         metrics = self.context.metrics = StreamMetrics(self.config, self.report.chunks)
-        steering = self.context.steering = Steering(enough, self.context.drain.take_back, metrics.text)
+        steering = self.context.steering = Steering(
+            enough, self.context.drain.take_back, metrics.text, on_applied=self._applied
+        )
         metrics.count_requests(steering.counts)
         self.context.timeline = SteeredTimeline(self.context.timeline, steering)
         return ControlSocket(path, steering)
+
+    def _moved(self, state: RankState) -> None:
+        """Every state is known from outside, in the black box, and has its line in the log."""
+        self.blackbox.enter_state(state)
+        error = self.report.error
+        if state is RankState.ABORTED and error is not None:
+            self.journal.failed(error)
+        self.journal.info("state", f"from now on {state.value}", state=state.value)
+
+    def _applied(self, request: str, changes: list[str], chunk_index: int) -> None:
+        """What was asked for is not in the log: a prompt is the operator's, and its receipt tells it."""
+        words = f"{', '.join(changes) or 'nothing'} applied at chunk {chunk_index}"
+        self.journal.info("control", words, request=request, changes=changes, at_chunk=chunk_index)
 
     def _serve(self, groups: Groups, stage1: Stage1 | None, materials: Materials | None) -> None:
         """The loop of this rank's role. Stage 0's loops are imported where there is a Stage 0."""
@@ -203,6 +220,12 @@ class Worker:
         return BroadcastLink(
             groups.mesh, limits, Shapes.of(self.config), self.config.plan.tp_plan, self.device, self.blackbox
         )
+
+
+def open_journal(config: EngineConfig, env: RankEnv, run_dir: Path, blackbox: BlackBox) -> Log:
+    """The rank's log; its lines carry the ids of the last commitment point."""
+    how = config.log
+    return Log(log_path(run_dir, env.rank), env.rank, lambda: blackbox.ids, Level(how.level), how.max_bytes, how.keep)
 
 
 def read_timeline(config: EngineConfig) -> Timeline:

@@ -25,6 +25,8 @@ COMMANDS: tuple[tuple[str, str, str], ...] = (
         "tpctl.commands.metrics",
         "A job's metrics in Prometheus' text format; rules and a dashboard for them.",
     ),
+    ("top", "tpctl.commands.top", "Jobs and ranks, live: does each advance, and where is it."),
+    ("logs", "tpctl.commands.logs", "What all ranks of a run said, in one order; follow a job until it ends."),
     ("wait", "tpctl.commands.wait", "Wait until a job is in a state; return at once where it cannot come."),
     ("prompt", "tpctl.commands.prompt", "Give a running job another prompt; the receipt names its chunk."),
     ("cut", "tpctl.commands.cut", "Begin a running job's stream anew, with empty caches."),

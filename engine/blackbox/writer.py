@@ -70,6 +70,7 @@ class BlackBox:
         self._resumed = False
         self._collectives_offset = HEADER_BYTES + slots * COMMIT.size
         self._names: dict[str, bytes] = {}
+        self.ids: Mapping[str, int] = {}  # of the last commitment point that had any
         self._groups: dict[tuple[str, tuple[int, ...]], int] = {}
         size = self._collectives_offset + slots * COLLECTIVE.size
         # Made aside and moved in whole: a reader sees the old file or the new one, never half of either.
@@ -97,6 +98,8 @@ class BlackBox:
 
     def commit(self, action: str, group: str, ids: Mapping[str, int]) -> None:
         """Record a commitment point. `action` and `group` keep their first 16 bytes."""
+        if ids:
+            self.ids = ids
         seq = self._commits + 1
         body = COMMIT.pack(
             seq,

@@ -17,6 +17,7 @@ from engine.config.sections import (
     DrillConfig,
     GeometryConfig,
     LivenessConfig,
+    LogConfig,
     ModelConfig,
     PipelineConfig,
     PlanConfig,
@@ -44,6 +45,7 @@ class EngineConfig:
     tripwires: TripwireConfig = field(default_factory=TripwireConfig)
     run: RunConfig = field(default_factory=RunConfig)
     sink: SinkConfig = field(default_factory=SinkConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     drill: DrillConfig = field(default_factory=DrillConfig)
 
     @property

@@ -23,7 +23,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "comm.backend": ("auto", "gloo", "nccl"),
     "plan.tp_plan": PLANS,
     "pipeline.cut": ("discard", "finish"),
+    "log.level": ("debug", "info", "warning", "error"),
 }
+LEAST_LOG_BYTES = 16 << 10  # room for the longest line, and for more than one of them
 SINK_KINDS = ("mp4", "sheet", "raw", "null")
 
 
@@ -71,6 +73,12 @@ def validate(config: EngineConfig) -> None:
     for name, value in dataclasses.asdict(config.comm).items():
         if name != "backend" and value <= 0:
             raise ConfigError(f"comm.{name} must be above 0, is {value}", code="TP-1011")
+    if config.log.max_bytes < LEAST_LOG_BYTES or config.log.keep < 0:
+        raise ConfigError(
+            f"log.max_bytes must be at least {LEAST_LOG_BYTES} and log.keep 0 or more, "
+            f"are {config.log.max_bytes} and {config.log.keep}",
+            code="TP-1015",
+        )
     drill = config.drill
     if not drill.id and drill != DrillConfig():
         raise ConfigError("drill.* says how to break a job, but drill.id names no drill", code="TP-1013")

@@ -128,6 +128,16 @@ class SinkConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Each rank's log: the least level that is written, the size at which a file is set aside, and how many are kept
+    beside the one in use."""
+
+    level: str = "info"
+    max_bytes: int = 4 << 20
+    keep: int = 3
+
+
+@dataclass(frozen=True)
 class DrillConfig:
     """A fault to plant, for drills alone: nothing is planted while `id` is empty (see `engine.faults`).
 

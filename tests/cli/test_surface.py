@@ -175,9 +175,11 @@ def test_up_examples_parse(cli, monkeypatch, tmp_path):
 
 def test_ps_examples_run_and_those_of_other_job_commands_name_a_job(cli, monkeypatch, tmp_path):
     monkeypatch.setenv("TPCTL_STATE_DIR", str(tmp_path / "st"))
-    for example in _examples(["ps"], cli):
-        assert cli(*shlex.split(example)[1:]).exit_code == 0, example
-    for command in ("status", "metrics", "wait", "prompt", "cut", "set", "drain", "abort", "restart", "timeline"):
+    for example in [*_examples(["ps"], cli), *_examples(["top"], cli)]:
+        assert cli(*shlex.split(example)[1:]).exit_code == (7 if "JOB" in example else 0), example
+    for command in (
+        *("status", "metrics", "wait", "prompt", "cut", "set", "drain", "abort", "restart", "timeline", "logs"),
+    ):
         for example in _examples([command], cli):
             code = 7 if "JOB" in example or "RUN" in example else 0  # parsed, and there is no job JOB
             assert cli(*shlex.split(example)[1:]).exit_code == code, example

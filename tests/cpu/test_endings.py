@@ -39,6 +39,8 @@ def test_sigterm_drains_and_the_account_balances(weights_cache: Path, tmp_path: 
     assert 2 <= account["emitted"] < 10_000
     assert account["abandoned"] == 0
     assert "SIGTERM: draining" in outcome.stderr[0]
+    assert [event["data"]["signal"] for event in outcome.events(0, "signal")] == ["SIGTERM"]
+    assert [event["data"]["state"] for event in outcome.events(1, "state")][-2:] == ["shutdown", "exited"]
 
 
 def test_a_second_sigterm_aborts(weights_cache: Path, tmp_path: Path) -> None:
@@ -55,6 +57,8 @@ def test_a_second_sigterm_aborts(weights_cache: Path, tmp_path: Path) -> None:
     account = outcome.reports[0]["account"]
     assert account["accepted"] == account["emitted"] + account["dropped"] + account["abandoned"]
     assert outcome.reports[0]["error"]["code"] == "TP-6403"
+    (error,) = outcome.events(0, "error")
+    assert (error["level"], error["data"]["code"], error["data"]["exit_code"]) == ("error", "TP-6403", 143)
 
 
 def test_a_frozen_peer_ends_phase_b_by_its_budget(weights_cache: Path, tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def test_a_hard_cut_discards_what_is_in_flight(references: Any, weights_cache: P
     assert outcome.exit_codes == {0: 0, 1: 0}, outcome.stderr
     account = outcome.reports[0]["account"]
     assert account["dropped"] >= 1
+    assert len(outcome.events(0, "drop")) == account["dropped"]
     assert account["accepted"] == 8 == account["emitted"] + account["dropped"]
     assert account["abandoned"] == 0
     kept = compare(outcome, references(R1))

@@ -137,6 +137,9 @@ def test_a_missing_checkpoint_says_which_file_is_expected(weights_cache: Path, t
     outcome = run_ranks(tmp_path / "run", config)
     assert outcome.exit_codes == {0: 77}
     assert str(tmp_path / "nowhere") in outcome.stderr[0]
+    (error,) = outcome.events(0, "error")
+    assert str(tmp_path / "nowhere") in error["message"]
+    assert outcome.events(0, "state")[-1]["data"]["state"] == "aborted"
 
 
 def test_an_unwritable_sink_ends_rank_0_and_drains_the_others(weights_cache: Path, tmp_path: Path) -> None:

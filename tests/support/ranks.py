@@ -20,6 +20,7 @@ import tomli_w
 
 from engine.blackbox import BlackBoxError, Commitment, read
 from engine.config import EngineConfig
+from engine.log import log_path
 from engine.plan import PP_PLANS, V1
 from tests.support.forge import Forked, forge
 
@@ -35,6 +36,11 @@ class Outcome:
     stderr: dict[int, str]
     reports: dict[int, dict[str, Any]]
     run_dir: Path
+
+    def events(self, rank: int, name: str) -> list[dict[str, Any]]:
+        """What the rank's log has of one kind, in order."""
+        _, *lines = log_path(self.run_dir, rank).read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
 def free_port() -> int:

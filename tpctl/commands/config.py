@@ -29,6 +29,7 @@ NOTES: dict[str, str] = {
     "tripwires": "Cadence of each check in chunks; 0 is off.",
     "drill": "A fault to plant. For drills only (tpctl drill): leave `id` empty.",
     "run": "How much to make, and of what.",
+    "log": "Each rank's log: the least level, the size of a file, how many are kept.",
     "sink": f"kinds: any of {', '.join(SINK_KINDS)}.",
 }
 
