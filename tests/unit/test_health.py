@@ -106,6 +106,30 @@ def test_a_starved_job_names_what_the_mesh_waits_for(doing, words):
     )
 
 
+def second(one, **changes):
+    """The second of two hosts, which runs rank 1 alone."""
+    found = seen(one, **changes)
+    return replace(found, record=replace(found.record, world_size=2, nnodes=2, node_rank=1, rdzv="h:29400"))
+
+
+@pytest.mark.parametrize(
+    ("what", "state", "verdict"),
+    [
+        (second(rank(1)), "running", Verdict.PASS),
+        (second(rank(1), draining="a signal"), "draining", Verdict.PASS),
+        (second(rank(1, state=RankState.SHUTDOWN)), "draining", Verdict.PASS),
+        (second(rank(1, letter="T")), "wedged", Verdict.FAIL),
+        (second(rank(1, letter="")), "wedged", Verdict.FAIL),
+        (second(rank(1, state=RankState.LOADING)), "loading", Verdict.UNCHECKED),
+        (replace(second(rank(1)), now_ns=NOW_NS + 61 * S), "wedged", Verdict.FAIL),
+    ],
+)
+def test_a_host_without_rank_0_is_judged_by_the_acts_of_its_ranks(what, state, verdict):
+    found = judge(what, CONFIG)
+    assert (found.state.value, found.verdict, found.account) == (state, verdict, {})
+    assert (found.coverage.checked, found.coverage.expected) == (1, 1)
+
+
 def test_evidence_that_cannot_be_read_is_never_health():
     found = judge(replace(seen(rank()), problems=("a black box is damaged",)), CONFIG)
     assert found.state is JobState.running

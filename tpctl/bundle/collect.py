@@ -110,7 +110,7 @@ class Collector:
             (job.config, True),
             (job.timeline, False),
             (job.order, False),
-            (job.drain, False),
+            (job.answer, False),
         ):
             self._file(f"job/{path.name}", path, SMALL_BYTES, expected)
         self._file("job/supervisor.log", job.log, LOG_BYTES, expected=False)

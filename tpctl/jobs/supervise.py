@@ -116,17 +116,23 @@ class Supervisor:
         (run_dir / "config.toml").write_text(tomli_w.dumps(self.config.to_dict()), encoding="utf-8")
         attempt = Attempt(number, local.make_tag(), time.time())
         self._keep(attempts=(*self.record.attempts, attempt), backoff_until=None)
-        self.say(f"attempt {number}: {self.config.world_size} rank(s) of plan {self.config.plan.tp_plan} in {run_dir}")
+        record = self.record
+        ranks = f"{len(record.ranks_here)} rank(s)" + (f" of {record.world_size}" if record.nnodes > 1 else "")
+        self.say(f"attempt {number}: {ranks} of plan {self.config.plan.tp_plan} in {run_dir}")
         me = f"{os.getpid()}:{Process.of(os.getpid()).start_ticks}"
         spec = local.LaunchSpec(
-            nproc=self.config.world_size,
+            nproc=len(record.ranks_here),
             run_dir=run_dir,
             arguments=(
                 *("--config", str(run_dir / "config.toml"), "--run-dir", str(run_dir)),
                 *("--supervisor", me, "--control", str(self.job.socket)),
             ),
             deadline_s=float("inf"),
-            rdzv_id=f"{self.job.name}-{number}",
+            nnodes=record.nnodes,
+            node_rank=record.node_rank,
+            rdzv_endpoint=record.rdzv or "localhost:0",
+            # Other hosts may have made other numbers of attempts.
+            rdzv_id=f"{self.job.name}-{number}" if record.nnodes == 1 else self.job.name,
             referee=self.referee,
             tag=attempt.tag,
         )
@@ -142,13 +148,21 @@ class Supervisor:
             self._close_attempt(None, error.message, ())
             return "failed"
         if outcome.returncode == 0:
-            ending = "drained" if self._drain is not None else "finished"
+            ending = "drained" if self._drain is not None or self._drained_elsewhere() else "finished"
             self._close_attempt(0, None, outcome.immortal)
             return ending
         reason = first_reason(run_dir) or f"the launcher ended with {outcome.returncode}"
         self._close_attempt(outcome.returncode, reason, outcome.immortal)
         self.say(f"attempt {number} failed: {reason}")
         return "failed" if self._drain is None else "aborted"
+
+    def _drained_elsewhere(self) -> bool:
+        """The host of rank 0 may have been told to; here that shows as a stream that ended before its last chunk."""
+        chunks = self.config.run.chunks
+        if self.record.node_rank == 0:
+            return False
+        made = [rank.last.chunk_index for rank in self._ranks() if rank.last is not None]
+        return chunks == 0 or max(made, default=-1) < chunks - 1
 
     def _close_attempt(self, returncode: int | None, reason: str | None, leftovers: tuple[str, ...]) -> None:
         *earlier, last = self.record.attempts
@@ -216,11 +230,11 @@ class Supervisor:
 
     def _advance(self, drain: Order) -> None:
         ranks = self._ranks()
-        leader = ranks[0] if ranks else None
-        if leader is None or (leader.alive and leader.state in BEFORE_THE_STREAM):
+        first = ranks[0] if ranks else None
+        if first is None or (first.alive and first.state in BEFORE_THE_STREAM):
             raise EndNow("drained", "drained before the stream ran: nothing was accepted")
-        if not self._delivered:
-            self._delivered = leader.process.send(signal.SIGTERM)
+        if not self._delivered and self.record.node_rank == 0:
+            self._delivered = first.process.send(signal.SIGTERM)
         if not drain.overdue() or self._late:
             return
         self._late = True
