@@ -23,7 +23,7 @@ from tpctl.launch.local import tagged
 NAME = "two"
 # The host that leads has the later address: ranks go by node rank, not by what hosts are called.
 WHERE = tuple(reversed(ADDRESSES))
-TWO = ("plan.tp=2", "liveness.phase_budget_s=4", "liveness.heartbeat_s=1", "liveness.watchdog_s=5")
+TWO = ("plan.tp=2", "liveness.phase_budget_s=8", "liveness.watchdog_s=8")
 
 
 class Host:

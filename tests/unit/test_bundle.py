@@ -94,6 +94,7 @@ def test_prompts_leave_only_when_they_may() -> None:
         text = drops.file(name, raw, Counter()).decode()
         assert "[prompt]" in text
         assert "red" not in text, name
+        assert '"fox"' not in text, name  # too short to be looked for, and in its field all the same
     assert tomllib.loads(drops.file("config.toml", toml, Counter()).decode())["run"] == {
         "prompt": "[prompt]",
         "chunks": 3,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +26,21 @@ app = typer.Typer(
     help="Write a batch script or a manifest that starts the job of this configuration on a cluster.",
 )
 
+
+@dataclass(frozen=True)
+class Asked:
+    """What both kinds are asked for."""
+
+    name: str
+    nodes: int
+    command: str
+    port: int
+    grace: int | None
+    env: list[str] | None
+    to: Path | None
+    strict: bool
+
+
 NameOption = Annotated[str, typer.Option("--name", help="The job's name: a DNS label.")]
 NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Over how many nodes its ranks are shared.")]
 CommandOption = Annotated[str, typer.Option("--command", help="tpctl as the nodes know it.", metavar="PATH")]
@@ -35,15 +52,26 @@ EnvOption = Annotated[
     list[str] | None, typer.Option("--env", help="A variable of the ranks; repeatable.", metavar="NAME=VALUE")
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Write it there, and not to stdout.", metavar="FILE")]
+options.BUNDLES[Asked] = options.Bundle(
+    Asked,
+    (
+        ("name", NameOption, inspect.Parameter.empty),
+        ("nodes", NodesOption, 1),
+        ("command", CommandOption, "tpctl"),
+        ("port", PortOption, 29400),
+        ("grace", GraceOption, None),
+        ("env", EnvOption, None),
+        ("to", OutOption, None),
+        ("strict", options.StrictOption, False),
+    ),
+)
 
 
-def spec_of(
-    given: options.Given, name: str, nodes: int, command: str, port: int, grace: int | None, env: list[str] | None
-) -> tuple[Spec, tuple[Finding, ...]]:
+def spec_of(given: options.Given, asked: Asked) -> tuple[Spec, tuple[Finding, ...]]:
     """What to render, and what an operator should know of it. Raises what a configuration or an option lacks."""
     loaded = given.resolve()
     config = start.unbounded(loaded.config, loaded.origins["run.chunks"], None)
-    spec = Spec.of(name, nodes, config, command, port, grace, env or ())
+    spec = Spec.of(asked.name, asked.nodes, config, asked.command, asked.port, asked.grace, asked.env or ())
     findings: tuple[Finding, ...] = ()
     if loaded.origins["liveness.drain_deadline_s"] == "default":
         seconds = config.liveness.drain_deadline_s
@@ -53,10 +81,9 @@ def spec_of(
     return spec, findings
 
 
-def deliver(
-    out: Output, target: str, spec: Spec, text: str, findings: tuple[Finding, ...], to: Path | None, strict: bool
-) -> None:
+def deliver(out: Output, asked: Asked, target: str, spec: Spec, text: str, findings: tuple[Finding, ...]) -> None:
     """The text bare on stdout or into a file, or inside the envelope where a machine reads."""
+    to = asked.to
     if to is not None:
         try:
             with to.open("x", encoding="utf-8") as stream:
@@ -86,7 +113,7 @@ def deliver(
         print(f"wrote {to}" if to is not None else text, end="\n" if to is not None else "")
     else:
         out.emit(Envelope("tpctl.render", verdict, data, findings, next=(step,), run_id=spec.name))
-    raise typer.Exit(int(for_verdict(verdict, strict)))
+    raise typer.Exit(int(for_verdict(verdict, asked.strict)))
 
 
 @options.command(
@@ -97,20 +124,13 @@ def deliver(
 def slurm(
     out: Output,
     given: options.Given,
-    name: NameOption,
-    nodes: NodesOption = 1,
-    command: CommandOption = "tpctl",
-    port: PortOption = 29400,
-    grace: GraceOption = None,
-    env: EnvOption = None,
+    asked: Asked,
     time: Annotated[str | None, typer.Option("--time", help="Time limit, as sbatch takes it.")] = None,
     partition: Annotated[str | None, typer.Option("--partition", help="Where to run.")] = None,
-    to: OutOption = None,
-    strict: options.StrictOption = False,
 ) -> None:
     """An sbatch script: a supervisor on each node, a drain before the time limit, a bundle of each node at the end."""
-    spec, findings = spec_of(given, name, nodes, command, port, grace, env)
-    deliver(out, "slurm", spec, batch.render(spec, time, partition), findings, to, strict)
+    spec, findings = spec_of(given, asked)
+    deliver(out, asked, "slurm", spec, batch.render(spec, time, partition), findings)
 
 
 @options.command(
@@ -121,21 +141,14 @@ def slurm(
 def kubernetes(
     out: Output,
     given: options.Given,
-    name: NameOption,
+    asked: Asked,
     image: Annotated[str, typer.Option("--image", help="An image with tpctl in it.")],
-    nodes: NodesOption = 1,
-    command: CommandOption = "tpctl",
-    port: PortOption = 29400,
-    grace: GraceOption = None,
-    env: EnvOption = None,
     namespace: Annotated[str | None, typer.Option("--namespace", help="Where to run.")] = None,
     shm: Annotated[str, typer.Option("--shm", help="Shared memory of each pod.")] = "1Gi",
     gpu_resource: Annotated[str, typer.Option("--gpu-resource", help="What a GPU is called there.")] = "nvidia.com/gpu",
     claim: Annotated[str | None, typer.Option("--claim", help="A volume claim that keeps the state.")] = None,
-    to: OutOption = None,
-    strict: options.StrictOption = False,
 ) -> None:
     """A LeaderWorkerSet manifest: probes by tpctl status, a drain before the pods end, a grace that is longer."""
-    spec, findings = spec_of(given, name, nodes, command, port, grace, env)
+    spec, findings = spec_of(given, asked)
     text = manifest.render(spec, image, namespace, shm, gpu_resource, claim)
-    deliver(out, "kubernetes", spec, text, findings, to, strict)
+    deliver(out, asked, "kubernetes", spec, text, findings)
