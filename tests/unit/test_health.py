@@ -10,6 +10,7 @@ from engine.blackbox import Commitment, Live, Stream
 from engine.config import EngineConfig
 from engine.lifecycle import Doing, RankState
 from tpctl.jobs.health import JobState, judge, stall_limit_s
+from tpctl.jobs.hosts import drained_elsewhere
 from tpctl.jobs.observe import RankSeen, Seen
 from tpctl.jobs.process import Process
 from tpctl.jobs.record import Attempt, JobRecord
@@ -128,6 +129,16 @@ def test_a_host_without_rank_0_is_judged_by_the_acts_of_its_ranks(what, state, v
     found = judge(what, CONFIG)
     assert (found.state.value, found.verdict, found.account) == (state, verdict, {})
     assert (found.coverage.checked, found.coverage.expected) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("node_rank", "chunks", "made", "drained"),
+    [(1, 0, 5, True), (1, 6, 4, True), (1, 6, 5, False), (1, 6, None, True), (0, 0, 5, False), (0, 6, 4, False)],
+)
+def test_a_host_that_follows_knows_a_drain_from_the_end_of_the_stream(node_rank, chunks, made, drained):
+    record = replace(second(rank(1)).record, node_rank=node_rank)
+    report = {"chunks": [] if made is None else [{"chunk_index": 0}, {"chunk_index": made}]}
+    assert drained_elsewhere(record, chunks, {1: report}) is drained
 
 
 def test_evidence_that_cannot_be_read_is_never_health():

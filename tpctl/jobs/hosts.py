@@ -5,7 +5,9 @@ Rank 0 is on the host with node rank 0, and so are the control socket and the dr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tpctl.errors import HostsError
 from tpctl.jobs.record import JobRecord
@@ -87,3 +89,10 @@ def require_rank_zero(record: JobRecord) -> None:
             evidence={"rendezvous": where},
             next_step=f"the same command on {where}; here: tpctl status {record.name}",
         )
+
+
+def drained_elsewhere(record: JobRecord, chunks: int, reports: Mapping[int, Mapping[str, Any]]) -> bool:
+    """On a host that follows: did a stream of `chunks` (0: without an end), which ended well, end before its last one?
+    Then the host of rank 0 was told to drain it."""
+    made = [report["chunks"][-1]["chunk_index"] for report in reports.values() if report.get("chunks")]
+    return record.node_rank > 0 and (chunks == 0 or max(made, default=-1) < chunks - 1)

@@ -29,6 +29,7 @@ from engine.errors import EngineError
 from engine.lifecycle import RankExit, RankState
 from tpctl.errors import JobError
 from tpctl.jobs.blocker import blockers
+from tpctl.jobs.hosts import drained_elsewhere
 from tpctl.jobs.line import Line
 from tpctl.jobs.observe import RankSeen, observe_ranks
 from tpctl.jobs.order import Answer, Kind, OnDeadline, Order, read_order
@@ -37,6 +38,7 @@ from tpctl.jobs.process import Process
 from tpctl.jobs.reason import exit_codes, first_reason
 from tpctl.jobs.record import Attempt, JobRecord
 from tpctl.launch import local
+from tpctl.matrix.observation import read_reports
 
 POLL_S = 0.1
 # Started anew, a job with one of these would end the same way.
@@ -148,21 +150,14 @@ class Supervisor:
             self._close_attempt(None, error.message, ())
             return "failed"
         if outcome.returncode == 0:
-            ending = "drained" if self._drain is not None or self._drained_elsewhere() else "finished"
+            elsewhere = drained_elsewhere(record, self.config.run.chunks, read_reports(run_dir))
+            ending = "drained" if self._drain is not None or elsewhere else "finished"
             self._close_attempt(0, None, outcome.immortal)
             return ending
         reason = first_reason(run_dir) or f"the launcher ended with {outcome.returncode}"
         self._close_attempt(outcome.returncode, reason, outcome.immortal)
         self.say(f"attempt {number} failed: {reason}")
         return "failed" if self._drain is None else "aborted"
-
-    def _drained_elsewhere(self) -> bool:
-        """The host of rank 0 may have been told to; here that shows as a stream that ended before its last chunk."""
-        chunks = self.config.run.chunks
-        if self.record.node_rank == 0:
-            return False
-        made = [rank.last.chunk_index for rank in self._ranks() if rank.last is not None]
-        return chunks == 0 or max(made, default=-1) < chunks - 1
 
     def _close_attempt(self, returncode: int | None, reason: str | None, leftovers: tuple[str, ...]) -> None:
         *earlier, last = self.record.attempts
