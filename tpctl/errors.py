@@ -6,6 +6,9 @@ CliError(EngineError)     TP-70xx  2  a wrong option or file
 ├── MatrixError           TP-73xx  2  a matrix file that contradicts itself
 ├── BaselineError         TP-74xx  2  a baseline that cannot be read
 ├── RunError              TP-75xx  7  no such run, or none in that directory; TP-780x what a timeline cannot draw
+├── BundleError           TP-80xx  2  a support archive that cannot be written, read or trusted
+├── RenderError           TP-80xx  2  a job that no batch script or manifest can be written for
+├── HostsError            TP-80xx  2  a job that cannot be spread over hosts as asked, or asked for on the wrong one
 └── JobError              TP-761x  2  a job that cannot be started, read or asked for this
     ├── NoJobError        TP-760x  7  no such job, or one that does not answer
     └── RefusedError      TP-762x  3  a request that the job refused
@@ -54,6 +57,21 @@ class RunError(CliError):
     code = "TP-7501"
     next_step = "ls runs"
     cli_exit = ExitCode.NO_SUCH_JOB
+
+
+class BundleError(CliError):
+    code = "TP-8001"
+    next_step = "tpctl bundle JOB"
+
+
+class RenderError(CliError):
+    code = "TP-8060"
+    next_step = "tpctl render --help"
+
+
+class HostsError(CliError):
+    code = "TP-8050"
+    next_step = "tpctl up --help"
 
 
 class JobError(CliError):

@@ -144,8 +144,9 @@ def find_runs(path: Path) -> list[Path]:
     return runs
 
 
-def gather(run_dir: Path) -> Seen:
-    """Everything that a run left, or leaves at this moment."""
+def gather(run_dir: Path, lives: Mapping[int, Life] | None = None) -> Seen:
+    """Everything that a run left, or leaves at this moment. With `lives`, of ranks that were asked for it earlier or
+    elsewhere, this host's kernel is not asked: process ids of then or there mean nothing here and now."""
     deaths = launcher_failures(run_dir / LAUNCHER_LOG)
     referee, problem = read_referee(run_dir / VERDICT)
     problems = [problem] if problem else []
@@ -157,7 +158,7 @@ def gather(run_dir: Path) -> Seen:
     worlds = [configured_ranks(run_dir)]
     found = _numbered(run_dir)
     for rank in sorted({*found, *deaths, *(referee.pids if referee else ())}):
-        ranks[rank], head = _read_rank(run_dir, rank)
+        ranks[rank], head = _read_rank(run_dir, rank, lives)
         if head is not None:
             jobs[rank] = head["job"]
             worlds.append(head["world_size"])
@@ -194,7 +195,7 @@ def _numbered(run_dir: Path) -> set[int]:
     return {int(name) for name in names if name.isdecimal() and len(name) < 7}
 
 
-def _read_rank(run_dir: Path, rank: int) -> tuple[RankSeen, Mapping[str, Any] | None]:
+def _read_rank(run_dir: Path, rank: int, lives: Mapping[int, Life] | None) -> tuple[RankSeen, Mapping[str, Any] | None]:
     ranks = run_dir / "ranks"
     report, no_report = read_report(ranks / f"rank{rank}.json", rank)
     box, no_box = read_blackbox(ranks / f"rank{rank}.blackbox", rank)
@@ -205,7 +206,8 @@ def _read_rank(run_dir: Path, rank: int) -> tuple[RankSeen, Mapping[str, Any] | 
         report = box = None
     if no_head and not (head is not None and (report is None or report.exit_code != 0)):
         problems.append(no_head)  # that a killed rank tore its last line is no news
-    return RankSeen(rank, report, box, _life(report, box), problems=tuple(problems)), head
+    life = _life(report, box) if lives is None else lives.get(rank)
+    return RankSeen(rank, report, box, life, problems=tuple(problems)), head
 
 
 def _gaps(seen: RankSeen, boxes: bool) -> list[str]:

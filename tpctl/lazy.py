@@ -39,6 +39,8 @@ COMMANDS: tuple[tuple[str, str, str], ...] = (
     ("kv-audit", "tpctl.commands.kvaudit", "Compare the cache history of all ranks, live or from records."),
     ("triage", "tpctl.commands.triage", "Who began it: the first divergence of a run, apart from its victims."),
     ("timeline", "tpctl.commands.timeline", "When everything happened: a trace for Perfetto, and the overlap drawn."),
+    ("bundle", "tpctl.commands.bundle", "Pack what a job or a run left into one support archive; compare two."),
+    ("render", "tpctl.commands.render", "Write a batch script or a manifest for a cluster."),
     ("env", "tpctl.commands.env", "Snapshot of this host: hardware, versions, thread settings."),
     ("config", "tpctl.commands.config", "Write, show and check the configuration."),
     ("schema", "tpctl.commands.schema", "Print the JSON Schema of a command's output."),

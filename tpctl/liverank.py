@@ -64,6 +64,15 @@ def read(pid: int, ticks: int) -> dict[str, Any]:
     return found
 
 
+def environment(pid: int, ticks: int) -> dict[str, str]:
+    """All of its environment, secrets included, which must not be shown; empty where it cannot be read."""
+    try:
+        _same(pid, ticks)
+        return _environ((PROC / str(pid) / "environ").read_bytes())
+    except (OSError, GoneError):
+        return {}
+
+
 def _same(pid: int, ticks: int) -> None:
     if start_ticks(pid) != ticks:
         raise GoneError(f"process {pid} is another one by now")

@@ -181,10 +181,15 @@ def variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 def save(snapshot: Mapping[str, Any], path: Path) -> None:
     """Write the TOML file, sealed. Raises OSError with the path if it cannot be written."""
+    path.write_text(sealed(snapshot), encoding="utf-8")
+
+
+def sealed(snapshot: Mapping[str, Any]) -> str:
+    """The text of the TOML file."""
     import tomli_w
 
     content = {key: value for key, value in snapshot.items() if key != SEAL}
-    path.write_text(tomli_w.dumps(content | {SEAL: {"sha256": seal(content)}}), encoding="utf-8")
+    return tomli_w.dumps(content | {SEAL: {"sha256": seal(content)}})
 
 
 def seal(snapshot: Mapping[str, Any]) -> str:

@@ -99,9 +99,11 @@ def test_the_tables_fit_a_terminal_of_80_columns(killed: Path) -> None:
 def test_every_example_runs(cli, healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(healthy.parent)
     examples = _examples(["triage"], cli)
-    assert len(examples) == 3
+    assert len(examples) == 4
+    assert cli("bundle", healthy.name, "--out", "healthy.tar.gz").exit_code == 0
+    meant = {"RUN": healthy.name, "BUNDLE": "healthy.tar.gz"}
     for example in examples:
-        words = [healthy.name if word == "RUN" else word for word in example.split()]
+        words = [meant.get(word, word) for word in example.split()]
         assert cli(*words[1:]).exit_code == 0, example
 
 

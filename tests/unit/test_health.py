@@ -10,6 +10,7 @@ from engine.blackbox import Commitment, Live, Stream
 from engine.config import EngineConfig
 from engine.lifecycle import Doing, RankState
 from tpctl.jobs.health import JobState, judge, stall_limit_s
+from tpctl.jobs.hosts import drained_elsewhere
 from tpctl.jobs.observe import RankSeen, Seen
 from tpctl.jobs.process import Process
 from tpctl.jobs.record import Attempt, JobRecord
@@ -104,6 +105,40 @@ def test_a_starved_job_names_what_the_mesh_waits_for(doing, words):
     assert (
         f"the mesh waits for {words}: no frame for 9.0 s, and rank 0 is at it since 2.0 s" in found.findings[-1].message
     )
+
+
+def second(one, **changes):
+    """The second of two hosts, which runs rank 1 alone."""
+    found = seen(one, **changes)
+    return replace(found, record=replace(found.record, world_size=2, nnodes=2, node_rank=1, rdzv="h:29400"))
+
+
+@pytest.mark.parametrize(
+    ("what", "state", "verdict"),
+    [
+        (second(rank(1)), "running", Verdict.PASS),
+        (second(rank(1), draining="a signal"), "draining", Verdict.PASS),
+        (second(rank(1, state=RankState.SHUTDOWN)), "draining", Verdict.PASS),
+        (second(rank(1, letter="T")), "wedged", Verdict.FAIL),
+        (second(rank(1, letter="")), "wedged", Verdict.FAIL),
+        (second(rank(1, state=RankState.LOADING)), "loading", Verdict.UNCHECKED),
+        (replace(second(rank(1)), now_ns=NOW_NS + 61 * S), "wedged", Verdict.FAIL),
+    ],
+)
+def test_a_host_without_rank_0_is_judged_by_the_acts_of_its_ranks(what, state, verdict):
+    found = judge(what, CONFIG)
+    assert (found.state.value, found.verdict, found.account) == (state, verdict, {})
+    assert (found.coverage.checked, found.coverage.expected) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("node_rank", "chunks", "made", "drained"),
+    [(1, 0, 5, True), (1, 6, 4, True), (1, 6, 5, False), (1, 6, None, True), (0, 0, 5, False), (0, 6, 4, False)],
+)
+def test_a_host_that_follows_knows_a_drain_from_the_end_of_the_stream(node_rank, chunks, made, drained):
+    record = replace(second(rank(1)).record, node_rank=node_rank)
+    report = {"chunks": [] if made is None else [{"chunk_index": 0}, {"chunk_index": made}]}
+    assert drained_elsewhere(record, chunks, {1: report}) is drained
 
 
 def test_evidence_that_cannot_be_read_is_never_health():

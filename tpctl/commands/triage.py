@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from engine.referee.snapshot import Life
 from tpctl import options
 from tpctl.acts import last_acts
+from tpctl.bundle import archive
+from tpctl.bundle.archive import Bundle
 from tpctl.evidence import LAUNCHER_LOG, RankSeen, Seen, find_runs, gather
 from tpctl.exitcodes import for_verdict
 from tpctl.failuremodes import FAILURE_MODES, has_runbook
@@ -30,13 +35,23 @@ VAGUE = ("tpctl triage", "tpctl env", "the first cause")
 
 @dataclass(frozen=True)
 class Case:
-    """One run directory, judged."""
+    """One run directory, judged. `bundle` is the archive that it lies in; what is shown must outlive the copy."""
 
     seen: Seen
     found: Triage
     notes: tuple[str, ...] = ()
     stacks: tuple[dict[str, Any], ...] = ()
     flight: tuple[dict[str, Any], ...] = ()
+    bundle: Path | None = None
+
+    @property
+    def run(self) -> Path:
+        """What to call the run."""
+        return self.bundle or self.seen.run_dir
+
+    def inside(self, path: Path) -> str:
+        """A file of the run: its path, or its name in the bundle."""
+        return str(path) if self.bundle is None else str(path.relative_to(self.seen.run_dir.parents[1]))
 
     @property
     def speaks(self) -> int | None:
@@ -58,7 +73,7 @@ class Case:
 
     def next(self) -> list[str]:
         """What to type, best first."""
-        run, found = shlex.quote(str(self.seen.run_dir)), self.found
+        run, found = shlex.quote(str(self.run)), self.found
         if found.verdict is Verdict.PASS:
             return []
         if found.kind == "running":
@@ -74,13 +89,14 @@ class Case:
         if found.runbook and has_runbook(found.runbook):
             steps.append(f"tpctl runbook show {found.runbook}")
         if not steps and self.log is not None:
-            steps.append(f"tail -n 50 {shlex.quote(str(self.log))}")
+            log = shlex.quote(self.inside(self.log))
+            steps.append(f"tail -n 50 {log}" if self.bundle is None else f"tar -xOf {run} {log} | tail -n 50")
         return list(dict.fromkeys(steps)) or ["tpctl bringup --level 1"]
 
     def to_dict(self) -> dict[str, Any]:
         found = self.found
         return {
-            "run": str(self.seen.run_dir),
+            "run": str(self.run),
             "job": self.seen.job,
             "alive": self.seen.alive,
             "verdict": found.verdict.value,
@@ -102,22 +118,57 @@ class Case:
             "notes": list(self.notes),
             "stacks": list(self.stacks),
             "flight_recorder": list(self.flight),
-            "log": str(self.log) if self.log else None,
+            "log": self.inside(self.log) if self.log else None,
             "tail": list(tail(self.log)),
             "next": self.next(),
         }
 
 
-@options.command(app, epilog="Examples: tpctl triage RUN | tpctl triage RUN -o wide | tpctl triage RUN -o json")
+@options.command(
+    app,
+    epilog="Examples: tpctl triage RUN | tpctl triage RUN -o wide | tpctl triage RUN -o json | tpctl triage BUNDLE",
+)
 def triage(
     out: Output,
-    run_dir: Annotated[Path, typer.Argument(help="A run directory, or the directory of many runs.", metavar="RUN_DIR")],
+    run_dir: Annotated[
+        Path, typer.Argument(help="A run directory, the directory of many runs, or a bundle.", metavar="RUN_DIR|BUNDLE")
+    ],
 ) -> None:
     """Name the rank that began it, apart from its victims; the failure mode; the runbook; what to type next."""
-    cases = []
-    for directory in find_runs(run_dir):
-        cases.append(examine(directory))
-        out.stream("run", cases[-1].to_dict())
+    with contextlib.ExitStack() as stack:
+        cases = []
+        for case in stack.enter_context(bundled(run_dir)) if archive.is_bundle(run_dir) else alive(run_dir):
+            cases.append(case)
+            out.stream("run", case.to_dict())
+        show(out, run_dir, cases)
+
+
+def alive(run_dir: Path) -> Iterator[Case]:
+    """The runs of a directory, as they are now."""
+    yield from map(examine, find_runs(run_dir))
+
+
+@contextlib.contextmanager
+def bundled(path: Path) -> Iterator[Iterator[Case]]:
+    """The runs of a bundle, as they were when it was made. Their files are there while the body runs."""
+    bundle = archive.read(path)
+    with archive.extracted(bundle) as root:
+        yield (from_bundle(bundle, root, run) for run in bundle.manifest["runs"])
+
+
+def from_bundle(bundle: Bundle, root: Path, run: Mapping[str, Any]) -> Case:
+    """One run of it. This host knows nothing of its processes: the manifest tells how they lived."""
+    words = {life.value for life in Life}
+    lives = {int(rank): Life(life) for rank, life in run["lives"].items() if life in words}
+    seen = gather(root / "runs" / str(run["label"]), lives)
+    seen = replace(seen, problems=(*seen.problems, *bundle.problems))
+    found = judge(seen)
+    made = f"as of {bundle.manifest.get('made_at')}, when the bundle was made"
+    return Case(seen, found, (made,) if found.verdict is not Verdict.PASS else (), bundle=bundle.path)
+
+
+def show(out: Output, run_dir: Path, cases: list[Case]) -> None:
+    """Print what was found, and exit with it."""
     envelope = envelope_of(run_dir, cases)
     failed = [case for case in cases if case.found.verdict is not Verdict.PASS]
     shown = cases if len(cases) == 1 else failed if len(failed) == 1 else []
@@ -171,7 +222,7 @@ def envelope_of(root: Path, cases: list[Case]) -> Envelope:
     checked = sum(case.found.coverage.checked for case in cases)
     expected = sum(case.found.coverage.expected for case in cases)
     failed = [case for case in cases if case.found.verdict is not Verdict.PASS]
-    steps = [f"tpctl triage {shlex.quote(str(case.seen.run_dir))}" for case in failed[:3]]
+    steps = [f"tpctl triage {shlex.quote(str(case.run))}" for case in failed[:3]]
     if len(cases) == 1 or len(failed) == 1:
         steps = (failed or cases)[0].next()
     data = {"root": str(root), "runs": [case.to_dict() for case in cases]}
@@ -274,7 +325,7 @@ def explain(case: Case) -> list[str]:
     lines = ["", f"{found.verdict}  {accused(found)}  {mode}".rstrip(), found.sentence]
     lines += [f"problem: {problem}" for problem in case.problems]
     if case.log is not None and (last := tail(case.log)):
-        lines += [f"log: {case.log}", *(f"  | {line}" for line in last)]
+        lines += [f"log: {case.inside(case.log)}", *(f"  | {line}" for line in last)]
     for stack in case.stacks:
         lines += [f"stack of rank {stack['rank']}:", *(f"  | {line}" for line in stack["lines"])]
     for record in case.flight:

@@ -11,6 +11,7 @@ import typer
 from tpctl import options
 from tpctl.exitcodes import ExitCode
 from tpctl.jobs import place, start
+from tpctl.jobs.hosts import Hosts
 from tpctl.jobs.record import JobRecord
 from tpctl.jobs.supervise import Supervisor, say
 from tpctl.output import Envelope, Output
@@ -27,7 +28,8 @@ class Restart(StrEnum):
 @options.command(
     app,
     epilog="Examples: tpctl up --name preview | tpctl up --name night --restart on-failure --set plan.tp=2 | "
-    "tpctl up --name clip --chunks 8 --foreground | tpctl up --name live --metrics-port 0 | tpctl up --dry-run",
+    "tpctl up --name clip --chunks 8 --foreground | tpctl up --name live --metrics-port 0 | tpctl up --dry-run | "
+    "tpctl up --name two --nnodes 2 --node-rank 1 --rdzv HOST:29400 --set plan.tp=2",
 )
 def up(
     out: Output,
@@ -52,13 +54,27 @@ def up(
             "--metrics-port", min=0, max=65535, help="Serve metrics on 127.0.0.1, for every user of it; 0: a free port."
         ),
     ] = None,
+    nnodes: Annotated[
+        int, typer.Option("--nnodes", min=1, help="Hosts; each runs this command with the same name and configuration.")
+    ] = 1,
+    node_rank: Annotated[
+        int, typer.Option("--node-rank", min=0, help="Which of them this is; 0 holds rank 0 and control.")
+    ] = 0,
+    rdzv: Annotated[
+        str | None, typer.Option("--rdzv", help="Where hosts meet: a free port of node rank 0.", metavar="HOST:PORT")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove what a dead job of this name left.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be started, and start nothing.")] = False,
 ) -> None:
     """Start a job. It runs on after this command, until it is drained, aborted or has made its chunks."""
     loaded = given.resolve()
     cfg = start.unbounded(loaded.config, loaded.origins["run.chunks"], chunks)
+    hosts = Hosts(nnodes, node_rank, rdzv)
+    hosts.check(name, cfg.world_size, restart is not Restart.no)
     plan = {
+        "nnodes": nnodes,
+        "node_rank": node_rank,
+        "rdzv": rdzv,
         "world_size": cfg.world_size,
         "tp_plan": cfg.plan.tp_plan,
         "chunks": cfg.run.chunks,
@@ -82,7 +98,7 @@ def up(
     job, held = start.claim(name, cfg.plan.tp_plan, yes)
     try:
         record = start.freeze(
-            job, cfg, restart.value, max_restarts if restart is Restart.on_failure else 0, metrics_port
+            job, cfg, restart.value, max_restarts if restart is Restart.on_failure else 0, metrics_port, hosts
         )
     except BaseException:
         os.close(held)

@@ -14,10 +14,12 @@ from typing import Any
 from tpctl.errors import JobError, RefusedError
 from tpctl.jobs import place
 from tpctl.jobs.blocker import blockers
+from tpctl.jobs.hosts import require_rank_zero
 from tpctl.jobs.observe import Seen, observe
 from tpctl.jobs.order import Kind, OnDeadline, Order, read_answer, read_order
 from tpctl.jobs.place import JobDir
 from tpctl.jobs.reason import exit_codes
+from tpctl.jobs.record import JobRecord
 from tpctl.launch.local import tagged
 from tpctl.matrix.observation import read_reports
 
@@ -64,7 +66,12 @@ class Receipt:
 
 
 def order_drain(job: JobDir, deadline_s: float, on_deadline: OnDeadline) -> tuple[Order, bool]:
-    """The drain in force, and whether it was there already: a second one attaches to the first."""
+    """The drain in force, and whether it was there already: a second one attaches to the first.
+
+    Raises:
+        HostsError: rank 0, which leads the drain, is on another host.
+    """
+    require_rank_zero(JobRecord.read(job.record))
     found = read_order(job.order)
     if found is not None and found.kind is Kind.DRAIN:
         return found, True

@@ -77,7 +77,7 @@ def judge(seen: Seen, config: EngineConfig) -> Health:
     findings.append(Finding("job.advances", _verdict(state), why, value=age_s, next=_next(state, seen)))
     starved_by = stream.doing if state is JobState.starved and stream is not None else None
     checked = len(seen.ranks)
-    expected = max(seen.record.world_size if seen.record.attempts else 0, checked)
+    expected = max(len(seen.record.ranks_here) if seen.record.attempts else 0, checked)
     account = {}
     if stream is not None:
         open_ = stream.accepted - stream.emitted - stream.dropped
@@ -132,20 +132,17 @@ def _state(seen: Seen, config: EngineConfig, age_s: float | None, period_s: floa
         if early in states:
             late = [rank for rank in seen.ranks if rank.state is early]
             return state, f"rank {_list(late)}: {early.value}"
-    if len(seen.ranks) < record.world_size:
-        return JobState.loading, f"{len(seen.ranks)} of {record.world_size} ranks are there"
-    return _streaming(seen, config, age_s, period_s)
+    here = len(record.ranks_here)
+    if len(seen.ranks) < here:
+        return JobState.loading, f"{len(seen.ranks)} of {here} ranks are there"
+    return _streaming(seen, config, age_s, period_s) if record.node_rank == 0 else _following(seen, config)
 
 
 def _streaming(seen: Seen, config: EngineConfig, age_s: float | None, period_s: float | None) -> tuple[JobState, str]:
     """All ranks are past their start-up."""
     leader = seen.ranks[0]
-    stopped = [rank for rank in seen.ranks if rank.letter in ("T", "t")]
-    if stopped:
-        return JobState.wedged, f"rank {_list(stopped)} is stopped by a signal"
-    dead = [rank for rank in seen.ranks if not rank.alive]
-    if dead and leader.state is RankState.RUNNING:
-        return JobState.wedged, f"rank {_list(dead)} is gone"
+    if ill := _ill(seen):
+        return JobState.wedged, ill
     if leader.stream.doing is Doing.PAUSED and leader.state is RankState.RUNNING:
         return _paused(seen, config)
     waited_s = (seen.now_ns - leader.live.state_ns) / 1e9 if age_s is None else age_s
@@ -186,6 +183,33 @@ def _starved(seen: Seen) -> bool:
     leader = seen.ranks[0]
     busy = [rank for rank in seen.ranks if rank.live.phase == "B"]
     return leader.stream.doing in STARVES and not busy
+
+
+def _following(seen: Seen, config: EngineConfig) -> tuple[JobState, str]:
+    """On a host without rank 0 nobody counts frames: its ranks act, or they do not."""
+    if ill := _ill(seen):
+        return JobState.wedged, ill
+    acts_ns = [rank.last.t_ns if rank.last is not None else rank.live.state_ns for rank in seen.ranks]
+    age_s, limit_s = (seen.now_ns - max(acts_ns)) / 1e9, stall_limit_s(config, None)
+    if age_s > limit_s:
+        return JobState.wedged, f"no act for {age_s:.1f} s, where {limit_s:.1f} s is the most{_where(seen.ranks)}"
+    acts = f"the last act of this host's ranks was {age_s:.1f} s ago; frames are counted where rank 0 is"
+    if seen.record.draining is not None:
+        return JobState.draining, f"{seen.record.draining}; {acts}"
+    if any(rank.state is not RankState.RUNNING for rank in seen.ranks):
+        return JobState.draining, acts
+    return JobState.running, acts
+
+
+def _ill(seen: Seen) -> str | None:
+    """Why a stream cannot advance, seen at a glance."""
+    stopped = [rank for rank in seen.ranks if rank.letter in ("T", "t")]
+    if stopped:
+        return f"rank {_list(stopped)} is stopped by a signal"
+    dead = [rank for rank in seen.ranks if not rank.alive]
+    if dead and seen.ranks[0].state is RankState.RUNNING:
+        return f"rank {_list(dead)} is gone"
+    return None
 
 
 def stall_limit_s(config: EngineConfig, period_s: float | None) -> float:

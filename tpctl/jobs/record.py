@@ -44,6 +44,9 @@ class JobRecord:
     parity_key: str
     restart: str = "no"
     max_restarts: int = 0
+    nnodes: int = 1
+    node_rank: int = 0
+    rdzv: str | None = None  # HOST:PORT, where the hosts of the job meet
     supervisor: Process | None = None
     attempts: tuple[Attempt, ...] = field(default=())
     first_attempt: int = 0  # since the operator last started it: the attempts before it do not count as restarts
@@ -61,6 +64,12 @@ class JobRecord:
     @property
     def attempt(self) -> Attempt | None:
         return self.attempts[-1] if self.attempts else None
+
+    @property
+    def ranks_here(self) -> range:
+        """The global ranks that this host runs: all hosts run as many."""
+        here = self.world_size // self.nnodes
+        return range(self.node_rank * here, (self.node_rank + 1) * here)
 
     @property
     def restarts(self) -> int:

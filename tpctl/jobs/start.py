@@ -19,6 +19,7 @@ from engine.errors import ConfigError
 from engine.timeline import Timeline
 from tpctl.errors import JobError, LaunchError
 from tpctl.jobs import place
+from tpctl.jobs.hosts import Hosts
 from tpctl.jobs.observe import Seen, observe
 from tpctl.jobs.place import JobDir
 from tpctl.jobs.process import boot_id
@@ -27,6 +28,7 @@ from tpctl.remains import tail
 
 # How long a supervisor may take to say that it has the job: it loads no heavy library.
 READY_S = 30.0
+ALONE = Hosts()
 PATHS = ("model.checkpoint", "model.text_encoder", "model.vae", "model.cache_dir", "sink.directory")
 
 
@@ -87,9 +89,18 @@ def _running(job: JobDir) -> JobError:
 
 
 def freeze(
-    job: JobDir, config: EngineConfig, restart: str, max_restarts: int, metrics_port: int | None = None
+    job: JobDir,
+    config: EngineConfig,
+    restart: str,
+    max_restarts: int,
+    metrics_port: int | None = None,
+    hosts: Hosts = ALONE,
 ) -> JobRecord:
-    """Write the configuration as it is now, with every path absolute, and the job's first record."""
+    """Write the configuration as it is now, with every path absolute, and the job's first record.
+
+    Over several hosts all ranks must have the same configuration, and this directory is another on each: there the
+    timeline stays where it is.
+    """
     import tomli_w
 
     data = config.to_dict()
@@ -100,7 +111,8 @@ def freeze(
     if config.run.timeline:
         Timeline.load(Path(config.run.timeline))
         shutil.copyfile(config.run.timeline, job.timeline)
-        data["run"]["timeline"] = str(job.timeline)
+        kept = job.timeline if hosts.nnodes == 1 else Path(config.run.timeline).absolute()
+        data["run"]["timeline"] = str(kept)
     job.config.write_text(tomli_w.dumps(data), encoding="utf-8")
     record = JobRecord(
         name=job.name,
@@ -114,6 +126,9 @@ def freeze(
         restart=restart,
         max_restarts=max_restarts,
         metrics_port=metrics_port,
+        nnodes=hosts.nnodes,
+        node_rank=hosts.node_rank,
+        rdzv=hosts.rdzv,
     )
     record.write(job.record)
     return record

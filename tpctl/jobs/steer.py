@@ -11,7 +11,9 @@ import typer
 
 from tpctl.exitcodes import ExitCode
 from tpctl.jobs import place
+from tpctl.jobs.hosts import require_rank_zero
 from tpctl.jobs.line import Line
+from tpctl.jobs.record import JobRecord
 from tpctl.output import Envelope, Output
 from tpctl.verdict import Finding, Verdict
 
@@ -35,6 +37,7 @@ IdOption = Annotated[
 def steer(out: Output, name: str, change: dict[str, Any], request_id: str | None, timeout_s: float) -> None:
     """Ask for a change, follow it to its first frame, print the receipt and exit."""
     job, began, nap = place.find(name), time.monotonic(), threading.Event()
+    require_rank_zero(JobRecord.read(job.record))
     own_id = request_id or uuid.uuid4().hex
     with Line(job) as line:
         answer = line.ask({"id": own_id, "op": "steer", **change})

@@ -30,6 +30,7 @@ from engine.errors import EngineError
 from engine.lifecycle import RankExit, RankState
 from tpctl.errors import JobError
 from tpctl.jobs.blocker import blockers
+from tpctl.jobs.hosts import drained_elsewhere
 from tpctl.jobs.line import Line
 from tpctl.jobs.observe import RankSeen, observe_ranks
 from tpctl.jobs.order import Answer, Kind, OnDeadline, Order, read_order
@@ -38,6 +39,7 @@ from tpctl.jobs.process import Process
 from tpctl.jobs.reason import exit_codes, first_reason
 from tpctl.jobs.record import Attempt, JobRecord
 from tpctl.launch import local
+from tpctl.matrix.observation import read_reports
 
 POLL_S = 0.1
 # Started anew, a job with one of these would end the same way.
@@ -117,17 +119,23 @@ class Supervisor:
         (run_dir / "config.toml").write_text(tomli_w.dumps(self.config.to_dict()), encoding="utf-8")
         attempt = Attempt(number, local.make_tag(), time.time())
         self._keep(attempts=(*self.record.attempts, attempt), backoff_until=None)
-        self.say(f"attempt {number}: {self.config.world_size} rank(s) of plan {self.config.plan.tp_plan} in {run_dir}")
+        record = self.record
+        ranks = f"{len(record.ranks_here)} rank(s)" + (f" of {record.world_size}" if record.nnodes > 1 else "")
+        self.say(f"attempt {number}: {ranks} of plan {self.config.plan.tp_plan} in {run_dir}")
         me = f"{os.getpid()}:{Process.of(os.getpid()).start_ticks}"
         spec = local.LaunchSpec(
-            nproc=self.config.world_size,
+            nproc=len(record.ranks_here),
             run_dir=run_dir,
             arguments=(
                 *("--config", str(run_dir / "config.toml"), "--run-dir", str(run_dir)),
                 *("--supervisor", me, "--control", str(self.job.socket)),
             ),
             deadline_s=float("inf"),
-            rdzv_id=f"{self.job.name}-{number}",
+            nnodes=record.nnodes,
+            node_rank=record.node_rank,
+            rdzv_endpoint=record.rdzv or "localhost:0",
+            # Other hosts may have made other numbers of attempts.
+            rdzv_id=f"{self.job.name}-{number}" if record.nnodes == 1 else self.job.name,
             referee=self.referee,
             tag=attempt.tag,
         )
@@ -143,7 +151,8 @@ class Supervisor:
             self._close_attempt(None, error.message, ())
             return "failed"
         if outcome.returncode == 0:
-            ending = "drained" if self._drain is not None else "finished"
+            elsewhere = drained_elsewhere(record, self.config.run.chunks, read_reports(run_dir))
+            ending = "drained" if self._drain is not None or elsewhere else "finished"
             self._close_attempt(0, None, outcome.immortal)
             return ending
         reason = first_reason(run_dir) or f"the launcher ended with {outcome.returncode}"
@@ -217,11 +226,11 @@ class Supervisor:
 
     def _advance(self, drain: Order) -> None:
         ranks = self._ranks()
-        leader = ranks[0] if ranks else None
-        if leader is None or (leader.alive and leader.state in BEFORE_THE_STREAM):
+        first = ranks[0] if ranks else None
+        if first is None or (first.alive and first.state in BEFORE_THE_STREAM):
             raise EndNow("drained", "drained before the stream ran: nothing was accepted")
-        if not self._delivered:
-            self._delivered = leader.process.send(signal.SIGTERM)
+        if not self._delivered and self.record.node_rank == 0:
+            self._delivered = first.process.send(signal.SIGTERM)
         if not drain.overdue() or self._late:
             return
         self._late = True

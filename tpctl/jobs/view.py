@@ -25,6 +25,8 @@ COLUMNS = [
     Column("period s", "period_s", right=True),
     Column("restarts", "restarts", right=True),
     Column("up s", "age_s", narrow=False, right=True),
+    Column("hosts", "nnodes", narrow=False, right=True),
+    Column("node", "node_rank", narrow=False, right=True),
     Column("supervisor", "supervisor_pid", narrow=False, right=True),
 ]
 RANK_COLUMNS = [
@@ -71,6 +73,8 @@ def row(found: Look) -> dict[str, Any]:
         "frame_age_s": health.frame_age_s,
         "period_s": health.period_s,
         "restarts": record.restarts,
+        "nnodes": record.nnodes,
+        "node_rank": record.node_rank,
         "age_s": _age_s(found.seen),
         "supervisor_pid": record.supervisor.pid if record.supervisor else None,
     }

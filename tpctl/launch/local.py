@@ -65,11 +65,10 @@ class LaunchSpec:
             f"--nnodes={self.nnodes}",
             f"--nproc-per-node={self.nproc}",
             f"--node-rank={self.node_rank}",
-            "--rdzv-backend=c10d",
+            # Over several hosts who listens, and who holds which ranks, goes by node rank; c10d would go by host names.
+            f"--rdzv-backend={'c10d' if self.nnodes == 1 else 'static'}",
             f"--rdzv-endpoint={self.rdzv_endpoint}",
             f"--rdzv-id={self.rdzv_id}",
-            # Which host listens is known here; torch would guess it from host names.
-            *([f"--rdzv-conf=is_host={int(self.node_rank == 0)}"] if self.nnodes > 1 else []),
             *([f"--local-addr={self.local_addr}"] if self.local_addr is not None else []),
             "--max-restarts=0",
             "--monitor-interval=0.1",
