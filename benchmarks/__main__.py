@@ -28,6 +28,8 @@ NAMES = (
     "tripwires",
     "rivals",
     "parity_scale",
+    "overlap",
+    "link",
 )
 RESULTS = Path(__file__).with_name("results.json")
 VERDICTS = {True: "met", False: "MISSED", None: ""}

@@ -3,6 +3,9 @@
 Section 11 counts `tEmit - tRecv` as the chunk's own. But while chunk k is decoded, Stage 0 makes a later envelope: that
 time (`t_inside_ms`) is `tA1 - tA0` there already. Counted in both, a pipeline that hides nothing would score phase A
 over the shorter stage: `score_nested` is that figure, kept beside; `score`, which is gated, counts it once.
+
+No period can be below `bound_ms`: Stage 0's own time, or the mesh's and, where the next envelope waits for an anchor
+from pixels, what that costs after a result came: decoding up to the anchor, and encoding it anew (`t_anchor_ms`).
 """
 
 from __future__ import annotations
@@ -28,10 +31,16 @@ class Overlap:
     hidden_ms: float
     period_ms: float
     mesh_idle_ms: float
+    anchor_ms: float
     chunks: int
 
+    @property
+    def bound_ms(self) -> float:
+        """max(stage0, stage1 + anchor): the shortest period that these stages allow."""
+        return max(self.stage0_ms, self.stage1_ms + self.anchor_ms)
+
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {**vars(self), "bound_ms": self.bound_ms}
 
 
 def stages(row: Mapping[str, Any], emitted_before_ms: float | None) -> dict[str, float | None]:
@@ -60,10 +69,11 @@ def overlap(rows: Sequence[Mapping[str, Any]], warm_up: int = WARM_UP) -> Overla
         nested0 = stage0 + row["t_inside_ms"]
         nested = max(0.0, nested0 + stage1 - period) / max(min(nested0, stage1), 1e-9)
         score = hidden / max(min(stage0, stage1), 1e-9)
-        values.append((score, nested, stage0, stage1, hidden, period, row["t_mesh_idle_ms"]))
+        idle, anchor = row["t_mesh_idle_ms"], before["t_anchor_ms"]  # the anchor of this chunk, made with the last one
+        values.append((score, nested, stage0, stage1, hidden, period, idle, anchor))
     if not values:
         return None
-    score, nested, stage0, stage1, hidden, period, idle = (
+    score, nested, stage0, stage1, hidden, period, idle, anchor = (
         statistics.median(column) for column in zip(*values, strict=True)
     )
-    return Overlap(score, nested, stage0, stage1, hidden, period, idle, len(values))
+    return Overlap(score, nested, stage0, stage1, hidden, period, idle, anchor, len(values))

@@ -155,7 +155,9 @@ def rows(period: float) -> list[dict[str, float]]:
     for k in range(8):
         emit = (k + 1) * period
         times = {"tA0_ms": emit - 12, "tA1_ms": emit - 10, "tRecv_ms": emit - 10, "tEmit_ms": emit}
-        made.append(times | {"chunk_index": k, "t_inside_ms": 2.0, "t_b_ms": 10.0, "t_mesh_idle_ms": 1.0})
+        made.append(
+            times | {"chunk_index": k, "t_inside_ms": 2.0, "t_b_ms": 10.0, "t_mesh_idle_ms": 1.0, "t_anchor_ms": 4.0}
+        )
     return made
 
 
@@ -167,6 +169,7 @@ def test_overlap_counts_hidden_time_once() -> None:
     assert (in_step.score, in_step.stage0_ms, in_step.period_ms) == (0.0, 10.0, 20.0)
     assert in_step.score_nested == pytest.approx(0.2)  # what a serial run would claim, phase A counted twice
     assert (overlapped.score, overlapped.hidden_ms, overlapped.chunks) == (1.0, 10.0, 5)
+    assert (overlapped.anchor_ms, overlapped.bound_ms) == (4.0, 14.0)
     assert overlap(rows(10.0)[:3]) is None
     assert overlap([row for row in rows(10.0) if row["chunk_index"] % 2]) is None
 
