@@ -3,8 +3,9 @@
 Ours is all of it, as Stage 0 and the leader do it: `prepare`, header, meta and payload sent, every check of the leader,
 the digest of the result, the answer prepared and sent, every check of Stage 0, and its digest. With inputs, the leader
 also takes the digest of all tensors that phase B begins with, which is the mesh's tripwire and not the link's.
-Raw moves the same payloads down and up between buffers that know nothing: it is the limit. All are timed on rank 0,
-from its start until it has the answer, one chunk at a time: nothing hides behind anything here.
+Raw moves the same payloads down and up between buffers that know nothing: it is the limit. Bare announces each payload
+by a message of its own first, as any protocol must whose receiver judges before it makes room, and checks nothing.
+All are timed on rank 0, from its start until it has the answer, one chunk at a time: nothing hides behind anything.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 FRAMES = 3
 STEPS = (1000, 750, 500, 250)
-RIVALS = ("ours", "inputs", "raw")
+RIVALS = ("ours", "inputs", "bare", "raw")
 # Channels, latent height and width; text length and width; dtype.
 SIZES: dict[str, tuple[tuple[int, int, int], tuple[int, int], str]] = {
     "320x576": ((16, 40, 72), (512, 4096), "bfloat16"),
@@ -43,7 +44,8 @@ def run(quick: bool) -> list[Row]:
         rival = "one raw send and receive each way"
         rows += [
             pairs.row(f"pp link, a chunk of {name}", "ours", "raw", rival_name=rival, target=TARGET, note=note),
-            pairs.row(f"and the input digest, {name}", "inputs", "raw", rival_name=rival),
+            pairs.row(f"with the input digest, {name}", "inputs", "raw", rival_name=rival),
+            pairs.row(f"announced and unchecked, {name}", "bare", "raw", rival_name=rival),
         ]
     return rows
 
@@ -52,7 +54,7 @@ def _measure(rank: int, pg: Any, options: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from engine.comm.group import Phase, PhaseGate, Rank
-    from engine.comm.p2p import LeaderEnd, Stage0End
+    from engine.comm.p2p import FIRST_BYTES, LeaderEnd, Stage0End
     from engine.comm.pair import Pair
     from engine.plan import PP0
     from engine.wire.envelope import Shapes
@@ -67,18 +69,24 @@ def _measure(rank: int, pg: Any, options: dict[str, Any]) -> dict[str, Any]:
     inputs = ours if rank == 0 else _leader(end, latents_BFCHW, inputs=True)
     ours(0)  # without context; every later chunk is of full size
     bytes_down, bytes_up = ours(1)
-    calls = {"ours": ours, "inputs": inputs, "raw": _raw(rank, pg, bytes_down, bytes_up)}
+    sizes = bytes_down, bytes_up
+    calls = {
+        "ours": ours,
+        "inputs": inputs,
+        "bare": _raw(rank, pg, (FIRST_BYTES, bytes_down), (FIRST_BYTES, bytes_up)),
+        "raw": _raw(rank, pg, (bytes_down,), (bytes_up,)),
+    }
     times: dict[str, list[float]] = {name: [] for name in RIVALS}
     chunk = 1
     for turn in range(options["warm_up"] + options["turns"]):
         for name in order(RIVALS, turn):
-            chunk += name != "raw"
+            chunk += name in ("ours", "inputs")
             torch.distributed.barrier(group=pg)
             started = time.perf_counter()
             calls[name](chunk)
             if turn >= options["warm_up"]:
                 times[name].append(time.perf_counter() - started)
-    return {"times": times, "bytes": (bytes_down, bytes_up)}
+    return {"times": times, "bytes": sizes}
 
 
 def _tensors(shapes: Shapes) -> dict[str, torch.Tensor]:
@@ -98,35 +106,15 @@ def _tensors(shapes: Shapes) -> dict[str, torch.Tensor]:
 
 
 def _stage0(end: Any, shapes: Shapes, tensors: dict[str, torch.Tensor]) -> Callable[[int], tuple[int, int]]:
+    from benchmarks.chunkplan import chunk_plan
     from engine import tripwires
-    from engine.plan import PP0, ChunkPlan, expected_generator_calls
+    from engine.plan import PP0
     from engine.wire.envelope import Envelope
-
-    def plan(chunk: int) -> ChunkPlan:
-        first = chunk == 0
-        return ChunkPlan(
-            chunk_index=chunk,
-            cache_epoch=0,
-            control_epoch=0,
-            current_start_frame=FRAMES * chunk,
-            height=shapes.latent_h * 8,
-            width=shapes.latent_w * 8,
-            init_cache=first,
-            reset_kv_cache=first,
-            reset_crossattn_cache=first,
-            conditioning_embeds_updated=first,
-            kv_cache_attention_bias=0.3,
-            do_kv_recompute=not first,
-            denoising_step_list=STEPS,
-            num_denoise_steps=len(STEPS),
-            expected_calls=expected_generator_calls(not first, len(STEPS)),
-            base_seed=42,
-        )
 
     def chunk_round(chunk: int) -> tuple[int, int]:
         held = tensors if chunk else tensors | {"context_frames": None}
         room = end.expect()
-        frame = end.prepare(Envelope(PP0, plan(chunk), None, held))
+        frame = end.prepare(Envelope(PP0, chunk_plan(chunk, shapes, STEPS), None, held))
         end.post(frame)
         room.wait()
         result = end.read(room)
@@ -172,18 +160,15 @@ def _leader(end: Any, latents_BFCHW: torch.Tensor, inputs: bool = False) -> Call
     return chunk_round
 
 
-def _raw(rank: int, pg: Any, bytes_down: int, bytes_up: int) -> Callable[[int], tuple[int, int]]:
+def _raw(rank: int, pg: Any, down: tuple[int, ...], up: tuple[int, ...]) -> Callable[[int], None]:
+    """Messages of these sizes in bytes, down and then up, each waited for before the next."""
     import torch
 
-    down, up = (torch.zeros(nbytes, dtype=torch.uint8) for nbytes in (bytes_down, bytes_up))
+    rooms = [[torch.zeros(nbytes, dtype=torch.uint8) for nbytes in sizes] for sizes in (down, up)]
 
-    def there_and_back(_: int) -> tuple[int, int]:
-        if rank == 0:
-            pg.send([down], 1, 0).wait()
-            pg.recv([up], 1, 0).wait()
-        else:
-            pg.recv([down], 0, 0).wait()
-            pg.send([up], 0, 0).wait()
-        return bytes_down, bytes_up
+    def there_and_back(_: int) -> None:
+        for sender, messages in enumerate(rooms):
+            for message in messages:
+                (pg.send if rank == sender else pg.recv)([message], 1 - rank, 0).wait()
 
     return there_and_back

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.job import run_job
-from benchmarks.measure import Row, order
+from benchmarks.measure import Pairs, Row, order
 from engine.config import EngineConfig, from_dict
 from engine.measures import Overlap, overlap
 from engine.plan import PP0, V1
@@ -123,17 +123,6 @@ def _score(arm: str, runs: list[Overlap]) -> Row:
 def _row(
     name: str, ours: list[float], rival_name: str, rivals: list[float], *, target: float | None = None, note: str = ""
 ) -> Row:
-    ratios = [a / b for a, b in zip(ours, rivals, strict=True)]
-    return Row(
-        name=name,
-        ours=statistics.median(ours),
-        rival_name=rival_name,
-        rival=statistics.median(rivals),
-        unit="ms",
-        ratio=statistics.median(ratios),
-        low=min(ratios),
-        high=max(ratios),
-        target=target,
-        samples=len(ratios),
-        note=note,
-    )
+    """Two lists of milliseconds, turn by turn."""
+    turns = Pairs({"ours": [ms / 1e3 for ms in ours], "rival": [ms / 1e3 for ms in rivals]})
+    return turns.row(name, "ours", "rival", rival_name=rival_name, target=target, note=note)

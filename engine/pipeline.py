@@ -265,10 +265,13 @@ class Pipeline:
     def _report_overlap(self) -> None:
         found = overlap(self.context.report.chunks)
         pipeline = self.context.config.pipeline
+        most_in, most_out = self.comms.most()
         self.context.report.generator |= {
             "overlap": found.to_dict() if found is not None else None,
             "d_in": pipeline.d_in,
             "d_out": pipeline.d_out,
+            "d_in_most": most_in,
+            "d_out_most": most_out,
             "repeated_results": self._repeats,
         }
 

@@ -113,6 +113,17 @@ def test_a_case_brings_what_it_needs():
     ]
 
 
+def test_a_pattern_stands_for_all_it_matches_and_must_match_something():
+    assert [case.id for case in builtin(3).select(["O-03.r0*"]).cases] == [
+        "O-03.r1",  # decode-first is measured against it
+        "O-03.r0a-decode-first",
+        "O-03.r0",
+        "O-03.r0a",
+    ]
+    with pytest.raises(MatrixError, match="there is no case 'P-\\*'"):
+        builtin(3).select(["P-*"])
+
+
 GOOD = '[[case]]\nid = "a"\ngates = ["calls"]\n'
 
 

@@ -106,6 +106,10 @@ def test_equals_the_single_process_bit_for_bit(
         assert late == [frames - context + 1 if config.pipeline.anchor_first else frames] * 3
     assert stage0["generator"]["overlap"]["chunks"] == 5
     assert all(0 <= c["d_in"] <= 2 and 0 <= c["d_out"] <= 2 for c in stage0["chunks"])
+    assert all(1 <= stage0["generator"][f"{queue}_most"] <= 2 for queue in ("d_in", "d_out"))
+    # An anchor from pixels costs its decode and its encoding; without one, nothing waits.
+    costs = [c["t_anchor_ms"] > 0 for c in stage0["chunks"]][1:4]
+    assert costs == [config.regime == "R0a"] * 3
 
 
 @pytest.mark.parametrize("changes", [R1, R0A], ids=["R1", "R0a"])

@@ -180,7 +180,9 @@ def envelope_of(matrix: Matrix, results: list[CaseResult], directory: Path, here
 def closing(envelope: Envelope, results: list[CaseResult], directory: Path) -> list[str]:
     passed = sum(result.verdict is Verdict.PASS for result in results)
     cover = envelope.coverage
+    remarks = report.remarks(results)
     lines = [
+        *(["", *remarks] if remarks else []),
         *report.explain(results),
         "",
         f"{envelope.verdict}  {passed} of {len(results)} cases, {cover.checked} of {cover.expected} gates  {directory}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from engine.plan import PLANS, PP_PLANS, canonical_plan
 from engine.timeline import Timeline
 from tpctl.drill import table as drilltable
 from tpctl.errors import MatrixError
+from tpctl.matrix import ppgates as _  # noqa: F401 - its gates are among GATES once it is imported
 from tpctl.matrix.gates import GATES
 
 KINDS = ("run", "parity")
@@ -40,7 +42,8 @@ KEYS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the matrix. `reference` is the single-process case it must equal, `differs_from` one it must not.
+    """One cell of the matrix. `reference` is the single-process case it must equal, `differs_from` one it must not, or
+    one that it is measured against.
 
     `kind` is `run`, `parity`, or `drill`: then `id` is the drill's, and the table of drills has the demands.
     """
@@ -76,7 +79,7 @@ class Matrix:
     cases: tuple[Case, ...]
 
     def select(self, ids: Sequence[str]) -> Matrix:
-        """Only these cases and those they need, in the file's order.
+        """Only these cases and those they need, in the file's order. An id may be a pattern, as `O-*`.
 
         Raises:
             MatrixError: an id that the matrix does not have; the nearest is named.
@@ -87,8 +90,11 @@ class Matrix:
         while queue:
             name = queue.pop()
             if name not in known:
-                raise MatrixError(f"{self.path}: there is no case '{name}'{_near(name, known)}", code="TP-7302")
-            if name not in wanted:
+                matching = fnmatch.filter(known, name)
+                if not matching:
+                    raise MatrixError(f"{self.path}: there is no case '{name}'{_near(name, known)}", code="TP-7302")
+                queue += matching
+            elif name not in wanted:
                 wanted.add(name)
                 queue += known[name].needs()
         return Matrix(self.title, self.path, tuple(case for case in self.cases if case.id in wanted))
