@@ -124,6 +124,16 @@ def test_a_pattern_stands_for_all_it_matches_and_must_match_something():
         builtin(3).select(["P-*"])
 
 
+def test_the_next_command_names_the_matrix_that_has_the_case(tmp_path):
+    path = tmp_path / "own cases.toml"
+    path.write_text('[[case]]\nid = "a"\ngates = ["calls"]\n')
+    matrices = (builtin(2), builtin(3).select(["O-03.r1"]), load_matrix(path))
+    assert [matrix.flag for matrix in matrices] == ["", " --level 3", f" --matrix '{path}'"]
+    chosen = matrices[1]
+    results = [Runner(EngineConfig(), tmp_path, Silent()).not_run(case, "no reason") for case in chosen.cases]
+    assert envelope_of(chosen, results, tmp_path, {}).next == ("tpctl bringup --level 3 --case O-03.r1 -o wide",)
+
+
 GOOD = '[[case]]\nid = "a"\ngates = ["calls"]\n'
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tpctl.errors import MatrixError
 from tpctl.matrix import ppgates as _  # noqa: F401 - its gates are among GATES once it is imported
 from tpctl.matrix.gates import GATES
 
+DEFAULT_LEVEL = 2
 KINDS = ("run", "parity")
 # What `drills = ` of a matrix file may ask for: each once, or each at every place that its table names.
 DRILLS = ("none", "each", "everywhere")
@@ -74,9 +76,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Matrix:
+    """Cases in order. `flag` is how a command line names the matrix again; the default one needs no name."""
+
     title: str
     path: str
     cases: tuple[Case, ...]
+    flag: str = ""
 
     def select(self, ids: Sequence[str]) -> Matrix:
         """Only these cases and those they need, in the file's order. An id may be a pattern, as `O-*`.
@@ -97,13 +102,13 @@ class Matrix:
             elif name not in wanted:
                 wanted.add(name)
                 queue += known[name].needs()
-        return Matrix(self.title, self.path, tuple(case for case in self.cases if case.id in wanted))
+        return replace(self, cases=tuple(case for case in self.cases if case.id in wanted))
 
 
 def builtin(level: int) -> Matrix:
     """The matrix that comes with tpctl for level 1, 2 or 3."""
     with resources.as_file(resources.files("tpctl.matrix") / f"level{level}.toml") as path:
-        return load_matrix(path)
+        return replace(load_matrix(path), flag="" if level == DEFAULT_LEVEL else f" --level {level}")
 
 
 def load_matrix(path: Path) -> Matrix:
@@ -133,7 +138,8 @@ def load_matrix(path: Path) -> Matrix:
                     code="TP-7305",
                 )
         seen.append(case.id)
-    return Matrix(str(data.get("title", where)), where, cases + _drills(data.get("drills", "none"), where))
+    every = cases + _drills(data.get("drills", "none"), where)
+    return Matrix(str(data.get("title", where)), where, every, f" --matrix {shlex.quote(str(path))}")
 
 
 def _drills(wanted: Any, where: str) -> tuple[Case, ...]:
