@@ -18,10 +18,12 @@ from typing import Any
 
 WARM_UP = 2  # the first chunks of a run have nothing to overlap with
 GATE = 0.30
-# Of the signature of a send after decode: what counts as tracking, as mostly empty, and as too short to be seen.
+# Of the signature of a send after decode: what counts as tracking, and as mostly empty; the shortest decode, of a
+# period, and the fewest chunks that can show it.
 TRACKS = 0.8
 EMPTY = 0.8
 LEAST_DECODE = 0.1
+LEAST_CHUNKS = 2
 
 
 @dataclass(frozen=True)
@@ -114,17 +116,20 @@ class SendAfterDecode:
 def send_after_decode(rows: Sequence[Mapping[str, Any]], warm_up: int = WARM_UP) -> SendAfterDecode | None:
     """Measure the signature in rank 0's chunk records.
 
-    None where it could not show: no two chunks in a row after the warm-up, or a decode that the anchor needs all of
-    (R0a, decode-all-first) or that is too short beside the period to tell its wait from any other.
+    None where it could not show: too few chunks in a row after the warm-up, or a decode that the anchor needs all of
+    (R0a, decode-all-first) or that is too short beside the period to tell its wait from any other. A chunk that begins
+    a stream is left out: a hard cut may wait for all before it.
     """
     values = []
     for before, row in _in_a_row(rows[warm_up:]):
+        if row["init_cache"]:
+            continue
         anchor = before["t_anchor_ms"]
         decode = before["tEmit_ms"] - before["tRecv_ms"] - before["t_inside_ms"] - anchor
         if decode >= LEAST_DECODE * (row["tEmit_ms"] - before["tEmit_ms"]):
             idle = max(0.0, row["t_mesh_idle_ms"] - anchor)
             values.append((idle / decode, float(before["d_in"] + before["d_out"] == 0), idle, decode))
-    if not values:
+    if len(values) < LEAST_CHUNKS:
         return None
     tracks, empty, idle, decode = zip(*values, strict=True)
     return SendAfterDecode(

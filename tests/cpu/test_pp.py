@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from engine.config import EngineConfig, from_dict
-from engine.measures import overlap, stages
+from engine.measures import overlap, send_after_decode, stages
 from engine.plan import V0
 from tests.support.ranks import Outcome, run_ranks, start_ranks
 
@@ -110,6 +111,23 @@ def test_equals_the_single_process_bit_for_bit(
     # An anchor from pixels costs its decode and its encoding; without one, nothing waits.
     costs = [c["t_anchor_ms"] > 0 for c in stage0["chunks"]][1:4]
     assert costs == [config.regime == "R0a"] * 3
+    signature = send_after_decode(stage0["chunks"])
+    assert signature is None or not signature.found, signature
+
+
+def test_a_send_after_decode_costs_time_alone_and_is_known_by_its_signature(
+    references: Any, weights_cache: Path, tmp_path: Path
+) -> None:
+    config = make_config(weights_cache, tmp_path, plan__tp_plan="pp0", drill__id="O-02", **R1)
+    outcome = run_ranks(tmp_path / "run", config)
+    assert outcome.exit_codes == {0: 0, 1: 0}, outcome.stderr
+    assert len(compare(outcome, references(R1))) == 8
+    # No envelope was under way while a chunk was decoded, so the mesh waited at least as long as that took.
+    chunks = outcome.reports[0]["chunks"]
+    assert all(after["tA0_ms"] >= before["tEmit_ms"] for before, after in itertools.pairwise(chunks[4:]))
+    signature = send_after_decode(chunks)
+    assert signature is not None
+    assert signature.found, signature
 
 
 @pytest.mark.parametrize("changes", [R1, R0A], ids=["R1", "R0a"])
