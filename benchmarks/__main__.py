@@ -29,6 +29,8 @@ NAMES = (
     "rivals",
     "parity_scale",
     "control_load",
+    "overlap",
+    "link",
 )
 RESULTS = Path(__file__).with_name("results.json")
 VERDICTS = {True: "met", False: "MISSED", None: ""}

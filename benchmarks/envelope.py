@@ -107,35 +107,15 @@ def _tensors() -> dict[str, torch.Tensor]:
 
 
 def _ours(rank: int, link: Any, tensors: dict[str, torch.Tensor]) -> Callable[[int], int]:
-    from engine.plan import V1, ChunkPlan, expected_generator_calls
+    from benchmarks.chunkplan import chunk_plan
+    from engine.plan import V1
     from engine.wire.envelope import Envelope
     from engine.wire.frame import prepare
-
-    def plan(chunk: int) -> ChunkPlan:
-        first = chunk == 0
-        return ChunkPlan(
-            chunk_index=chunk,
-            cache_epoch=0,
-            control_epoch=0,
-            current_start_frame=FRAMES * chunk,
-            height=LATENT[1] * 8,
-            width=LATENT[2] * 8,
-            init_cache=first,
-            reset_kv_cache=first,
-            reset_crossattn_cache=first,
-            conditioning_embeds_updated=first,
-            kv_cache_attention_bias=0.3,
-            do_kv_recompute=not first,
-            denoising_step_list=STEPS,
-            num_denoise_steps=len(STEPS),
-            expected_calls=expected_generator_calls(not first, len(STEPS)),
-            base_seed=42,
-        )
 
     def send(chunk: int) -> int:
         held = tensors if chunk else tensors | {"context_frames": None}
         frame = prepare(
-            Envelope(V1, plan(chunk), None, held),
+            Envelope(V1, chunk_plan(chunk, link.shapes, STEPS), None, held),
             call_id=link.next_call_id(),
             link=link.state,
             shapes=link.shapes,

@@ -6,24 +6,19 @@ Real jobs of two ranks under torchrun; every figure is from the rank reports. Th
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import tomli_w
-
+from benchmarks.job import DEADLINE_S, run_job
 from benchmarks.measure import Row, order
 from engine.config import EngineConfig, from_dict
 from engine.plan import V0, V1
 
-DEADLINE_S = 240.0
 OWN = "until its own weights are loaded, waiting for nobody"
 READY = "the job's: every rank waits for rank 0, which loads Stage 0 in both plans"
 WORKER = 1  # the rank looked at; rank 0 holds Stage 0 in both plans
@@ -119,18 +114,7 @@ def _config(plan: str, preset: str) -> EngineConfig:
 
 def _worker(run_dir: Path, config: EngineConfig) -> Facts:
     """Run one job to its end and read the worker's report."""
-    run_dir.mkdir()
-    path = run_dir / "config.toml"
-    path.write_text(tomli_w.dumps(config.to_dict()))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    _run([sys.executable, "-m", "engine.assets", "--config", str(path)], environment)
-    launch = f"--nnodes=1 --nproc-per-node={config.world_size} --rdzv-backend=c10d --rdzv-endpoint=localhost:0"
-    launch += f" --max-restarts=0 --monitor-interval=0.1 --log-dir={run_dir / 'logs'} --redirects=3"
-    worker = ["-m", "engine.worker", "--config", str(path), "--run-dir", str(run_dir)]
-    _run([sys.executable, "-m", "torch.distributed.run", *launch.split(), *worker], environment)
-    report: dict[str, Any] = json.loads((run_dir / "ranks" / f"rank{WORKER}.json").read_text())
-    if report["exit_code"] != 0:
-        raise RuntimeError(f"rank {WORKER} of {config.plan.tp_plan} ended with {report['exit_code']}")
+    report = run_job(run_dir, config)[WORKER]
     if any(report["imported"].values()) != (config.plan.tp_plan == V0):
         raise RuntimeError(f"rank {WORKER} of {config.plan.tp_plan} imported {report['imported']}")
     generator, times = report["generator"], report["times"]
@@ -156,22 +140,3 @@ def _bare(store: Path) -> int:
             rank.kill()
             rank.wait(10)
     return int(outputs[WORKER])
-
-
-def _run(command: list[str], environment: dict[str, str]) -> None:
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=DEADLINE_S)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(10)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command[:4])} ... ended with {process.returncode}:\n{output[-4000:]}")

@@ -7,6 +7,7 @@ Rank 0 holds all of it. In the plans before v1.1c a worker holds the parts that 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -91,6 +92,7 @@ class Materials:
             frames_per_chunk=geometry.frames_per_chunk,
             anchor=config.schedule.anchor,
         )
+        self.t_encode_ms = 0.0  # what the newest `complete` spent on encoding its anchor
         self._prompt: str | None = None
         self._conditioning_BLD: torch.Tensor | None = None
 
@@ -102,6 +104,7 @@ class Materials:
             CodecError: the plan expects this rank to derive what it holds no part for.
         """
         plan = envelope.plan
+        self.t_encode_ms = 0.0
         if plan.init_cache:
             self.reset()
         tensors = dict(envelope.tensors)
@@ -194,4 +197,7 @@ class Materials:
     def _encode_frame(self, pixels_BTCHW: torch.Tensor) -> torch.Tensor:
         if self.vae is None:
             raise CodecError("this rank holds no VAE encoder")
-        return self.vae.encode_frame(pixels_BTCHW)
+        started = time.perf_counter()
+        latent_B1CHW = self.vae.encode_frame(pixels_BTCHW)
+        self.t_encode_ms = (time.perf_counter() - started) * 1e3
+        return latent_B1CHW

@@ -81,6 +81,7 @@ class Comms:
         self._changed = threading.Condition()
         self._d_in: deque[tuple[Envelope, Any]] = deque()
         self._d_out: deque[Arrival] = deque()
+        self._most = (0, 0)
         self._expected = Expectations()
         self._unanswered: dict[int, float] = {}  # call_id of an envelope, and when it was posted
         self._room: Posted | None = None  # posted for the next answer
@@ -117,6 +118,7 @@ class Comms:
             if len(self._d_in) >= self._pipeline.d_in:
                 raise EngineError(f"d_in holds {len(self._d_in)} envelopes already", code="TP-6405")
             self._d_in.append((envelope, made))
+            self._note_depths()
             self._changed.notify_all()
 
     def take(self, epoch: Callable[[], int]) -> tuple[Arrival, Fate]:
@@ -149,6 +151,13 @@ class Comms:
         """Envelopes in `d_in`, results in `d_out`."""
         with self._changed:
             return len(self._d_in), len(self._d_out)
+
+    def most(self) -> tuple[int, int]:
+        """The most that `d_in` and `d_out` ever held."""
+        return self._most
+
+    def _note_depths(self) -> None:
+        self._most = max(self._most[0], len(self._d_in)), max(self._most[1], len(self._d_out))
 
     def close(self, error: BaseException | None = None) -> None:
         """Receive what is still on its way, say SHUTDOWN (or ERROR, if `error` is the mesh's business), and join.
@@ -296,6 +305,7 @@ class Comms:
             self._changed.wait_for(lambda: len(self._d_out) < self._pipeline.d_out or self._closing)
             if not self._closing:
                 self._d_out.append(Arrival(result, made, time.monotonic(), sent_s))
+                self._note_depths()
             self._changed.notify_all()
         self._watch_answers()
 

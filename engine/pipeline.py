@@ -115,16 +115,19 @@ class Pipeline:
             self.comms.close(error)
             raise
 
-    def _feed(self) -> None:
-        """Phase A of as many chunks as may go out now."""
+    def _feed(self) -> float:
+        """Phase A of as many chunks as may go out now. Returns the milliseconds spent on encoding their anchors."""
+        t_encode_ms = 0.0
         while self._may_feed():
             self.context.doing(Doing.PREPARE)
             tA0_ms = self._now_ms()
             envelope = self.stage0.step()
+            t_encode_ms += self.stage0.materials.t_encode_ms
             self.context.count("accepted")
             plan = envelope.plan
             self._flying[plan.chunk_index] = Flight(plan, envelope.prompt or "", tA0_ms, self._now_ms())
             self.comms.put(self.stage0.for_link(envelope))
+        return t_encode_ms
 
     def _ended(self) -> bool:
         return 0 < self.context.config.run.chunks <= self.stage0.chunk_index + 1
@@ -153,9 +156,10 @@ class Pipeline:
         first = self._decoded_before_feed(latents_BFCHW.shape[1])
         self._emitting = True
         self.context.doing(Doing.DECODE)
+        began_ms = self._now_ms()
         pixels = [stage0.develop(latents_BFCHW[:, :first])] if first else []
         tFeed_ms = self._now_ms()
-        self._feed()
+        t_encode_ms = self._feed()
         inside_ms = self._now_ms() - tFeed_ms
         self.context.doing(Doing.DECODE)
         if first < latents_BFCHW.shape[1]:
@@ -166,7 +170,13 @@ class Pipeline:
         sinks.write(pixels_THWC.numpy(), result.chunk_index, flight.prompt)
         self.context.emitted(result.chunk_index)
         recorder.keep(result.chunk_index, latents_BFCHW, pixels_THWC)
-        self._record(flight, result, tRecv_ms, tFeed_ms, inside_ms, first, arrival)
+        feed = {
+            "tFeed_ms": tFeed_ms,
+            "t_inside_ms": inside_ms,
+            "t_anchor_ms": (tFeed_ms - began_ms if first else 0.0) + t_encode_ms,
+            "latents_before_feed": first,
+        }
+        self._record(flight, result, tRecv_ms, feed, arrival)
 
     def _decoded_before_feed(self, frames: int) -> int:
         """Latents of the newest chunk that the next envelope needs decoded; all of them if anchor-first is off."""
@@ -215,14 +225,7 @@ class Pipeline:
         return latents_BFCHW
 
     def _record(
-        self,
-        flight: Flight,
-        result: Result,
-        tRecv_ms: float,
-        tFeed_ms: float,
-        inside_ms: float,
-        first: int,
-        arrival: Arrival,
+        self, flight: Flight, result: Result, tRecv_ms: float, feed: dict[str, float], arrival: Arrival
     ) -> None:
         plan, tEmit_ms = flight.plan, self._now_ms()
         d_in, d_out = self.comms.depths()
@@ -242,7 +245,7 @@ class Pipeline:
             "output_digest_i64": result.output_digest_i64,
             "t_a_ms": flight.tA1_ms - flight.tA0_ms,
             "t_b_ms": result.t_b_ms,
-            "t_c_ms": tEmit_ms - tRecv_ms - inside_ms,
+            "t_c_ms": tEmit_ms - tRecv_ms - feed["t_inside_ms"],
             "t_mesh_idle_ms": result.t_mesh_idle_ms,
             "period_ms": tEmit_ms - (self._last_emit_ms or 0.0),
             "tA0_ms": flight.tA0_ms,
@@ -250,10 +253,8 @@ class Pipeline:
             "tSent_ms": None if arrival.sent_s is None else (arrival.sent_s - self._began_s) * 1e3,
             "tArrived_ms": (arrival.arrived_s - self._began_s) * 1e3,
             "tRecv_ms": tRecv_ms,
-            "tFeed_ms": tFeed_ms,
             "tEmit_ms": tEmit_ms,
-            "t_inside_ms": inside_ms,
-            "latents_before_feed": first,
+            **feed,
             "d_in": d_in,
             "d_out": d_out,
         }
@@ -265,10 +266,13 @@ class Pipeline:
     def _report_overlap(self) -> None:
         found = overlap(self.context.report.chunks)
         pipeline = self.context.config.pipeline
+        most_in, most_out = self.comms.most()
         self.context.report.generator |= {
             "overlap": found.to_dict() if found is not None else None,
             "d_in": pipeline.d_in,
             "d_out": pipeline.d_out,
+            "d_in_most": most_in,
+            "d_out_most": most_out,
             "repeated_results": self._repeats,
         }
 

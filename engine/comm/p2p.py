@@ -241,8 +241,7 @@ class LeaderEnd(_End):
         self.commit("send RESULT", result.ids())
         if result.ok:
             self._answers.advance(frame.header)
-        for message in messages(frame):
-            self.pair.up.exchange(message)
+        self.pair.up.exchange_all(messages(frame))
 
     def _drop(self, start: bytes) -> None:
         header = parse_header(start[:HEADER_BYTES], _Answers(), self.limits, schemas=LEADER_SCHEMAS)

@@ -9,6 +9,7 @@ but the arrival of what it posted.
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,20 @@ class Channel(Group):
         with self._backend(OP):
             self._start(tensor).wait(_FOR_EVER)
         return tensor
+
+    def exchange_all(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Several, one behind the other: each is on its way before the next is made, and all are done on return.
+
+        Raises:
+            CommError: the peer is gone.
+        """
+        with self._backend(OP):
+            under_way = []
+            for tensor in tensors:
+                self._enter(OP, tensor)
+                under_way.append(Posted(self, self._start(tensor), tensor))
+            for message in under_way:
+                message.wait()
 
     def failure(self, error: RuntimeError) -> CommError:
         return self._failure(OP, error)

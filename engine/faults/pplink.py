@@ -55,6 +55,26 @@ def swallowed(scene: Scene) -> None:
     wrap(scene.up, "receive", make)
 
 
+def send_after_decode(scene: Scene) -> None:
+    """On Stage 0, from the chunk on: phase A waits until nothing is under way and the last result is decoded."""
+    pipeline = scene.pipeline
+    planted = False
+
+    def make(may_feed: Method) -> Method:
+        def altered() -> bool:
+            nonlocal planted
+            if pipeline.stage0.chunk_index < scene.drill.at_chunk:
+                return bool(may_feed())
+            if not planted:
+                planted = True
+                scene.inject()
+            return not pipeline._emitting and not pipeline._flying and bool(may_feed())
+
+        return altered
+
+    wrap(pipeline, "_may_feed", make)
+
+
 def astray_in_phase_b(scene: Scene) -> None:
     """The generator's own reduction, once, on the group of all ranks instead of the mesh's."""
     done = False

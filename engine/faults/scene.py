@@ -58,8 +58,12 @@ class Scene:
         return self._held(self.parts.materials, "parts of Stage 0")
 
     @property
+    def pipeline(self) -> Pipeline:
+        return self._held(self.parts.pipeline, "a comms thread")
+
+    @property
     def comms(self) -> Comms:
-        return self._held(self.parts.pipeline, "a comms thread").comms
+        return self.pipeline.comms
 
     @property
     def down(self) -> Stage0End:

@@ -113,6 +113,27 @@ def test_a_case_brings_what_it_needs():
     ]
 
 
+def test_a_pattern_stands_for_all_it_matches_and_must_match_something():
+    assert [case.id for case in builtin(3).select(["O-03.r0*"]).cases] == [
+        "O-03.r1",  # decode-first is measured against it
+        "O-03.r0a-decode-first",
+        "O-03.r0",
+        "O-03.r0a",
+    ]
+    with pytest.raises(MatrixError, match="there is no case 'P-\\*'"):
+        builtin(3).select(["P-*"])
+
+
+def test_the_next_command_names_the_matrix_that_has_the_case(tmp_path):
+    path = tmp_path / "own cases.toml"
+    path.write_text('[[case]]\nid = "a"\ngates = ["calls"]\n')
+    matrices = (builtin(2), builtin(3).select(["O-03.r1"]), load_matrix(path))
+    assert [matrix.flag for matrix in matrices] == ["", " --level 3", f" --matrix '{path}'"]
+    chosen = matrices[1]
+    results = [Runner(EngineConfig(), tmp_path, Silent()).not_run(case, "no reason") for case in chosen.cases]
+    assert envelope_of(chosen, results, tmp_path, {}).next == ("tpctl bringup --level 3 --case O-03.r1 -o wide",)
+
+
 GOOD = '[[case]]\nid = "a"\ngates = ["calls"]\n'
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from engine.config import EngineConfig, from_dict
-from engine.measures import overlap, stages
+from engine.measures import overlap, send_after_decode, stages
 from engine.plan import V0
 from tests.support.ranks import Outcome, run_ranks, start_ranks
 
@@ -106,6 +107,27 @@ def test_equals_the_single_process_bit_for_bit(
         assert late == [frames - context + 1 if config.pipeline.anchor_first else frames] * 3
     assert stage0["generator"]["overlap"]["chunks"] == 5
     assert all(0 <= c["d_in"] <= 2 and 0 <= c["d_out"] <= 2 for c in stage0["chunks"])
+    assert all(1 <= stage0["generator"][f"{queue}_most"] <= 2 for queue in ("d_in", "d_out"))
+    # An anchor from pixels costs its decode and its encoding; without one, nothing waits.
+    costs = [c["t_anchor_ms"] > 0 for c in stage0["chunks"]][1:4]
+    assert costs == [config.regime == "R0a"] * 3
+    signature = send_after_decode(stage0["chunks"])
+    assert signature is None or not signature.found, signature
+
+
+def test_a_send_after_decode_costs_time_alone_and_is_known_by_its_signature(
+    references: Any, weights_cache: Path, tmp_path: Path
+) -> None:
+    config = make_config(weights_cache, tmp_path, plan__tp_plan="pp0", drill__id="O-02", **R1)
+    outcome = run_ranks(tmp_path / "run", config)
+    assert outcome.exit_codes == {0: 0, 1: 0}, outcome.stderr
+    assert len(compare(outcome, references(R1))) == 8
+    # No envelope was under way while a chunk was decoded, so the mesh waited at least as long as that took.
+    chunks = outcome.reports[0]["chunks"]
+    assert all(after["tA0_ms"] >= before["tEmit_ms"] for before, after in itertools.pairwise(chunks[4:]))
+    signature = send_after_decode(chunks)
+    assert signature is not None
+    assert signature.found, signature
 
 
 @pytest.mark.parametrize("changes", [R1, R0A], ids=["R1", "R0a"])
@@ -156,7 +178,9 @@ def rows(period: float) -> list[dict[str, float]]:
     for k in range(8):
         emit = (k + 1) * period
         times = {"tA0_ms": emit - 12, "tA1_ms": emit - 10, "tRecv_ms": emit - 10, "tEmit_ms": emit}
-        made.append(times | {"chunk_index": k, "t_inside_ms": 2.0, "t_b_ms": 10.0, "t_mesh_idle_ms": 1.0})
+        made.append(
+            times | {"chunk_index": k, "t_inside_ms": 2.0, "t_b_ms": 10.0, "t_mesh_idle_ms": 1.0, "t_anchor_ms": 4.0}
+        )
     return made
 
 
@@ -168,6 +192,7 @@ def test_overlap_counts_hidden_time_once() -> None:
     assert (in_step.score, in_step.stage0_ms, in_step.period_ms) == (0.0, 10.0, 20.0)
     assert in_step.score_nested == pytest.approx(0.2)  # what a serial run would claim, phase A counted twice
     assert (overlapped.score, overlapped.hidden_ms, overlapped.chunks) == (1.0, 10.0, 5)
+    assert (overlapped.anchor_ms, overlapped.bound_ms) == (4.0, 14.0)
     assert overlap(rows(10.0)[:3]) is None
     assert overlap([row for row in rows(10.0) if row["chunk_index"] % 2]) is None
 

@@ -17,7 +17,7 @@ from tpctl.exitcodes import ExitCode, for_verdict
 from tpctl.launch.local import check_endpoint
 from tpctl.matrix import baseline as baselines
 from tpctl.matrix import report
-from tpctl.matrix.cases import Matrix, builtin, load_matrix
+from tpctl.matrix.cases import DEFAULT_LEVEL, Matrix, builtin, load_matrix
 from tpctl.matrix.html import render
 from tpctl.matrix.progress import watcher
 from tpctl.matrix.runner import CaseResult, Runner, make_assets
@@ -31,12 +31,14 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app,
     epilog="Examples: tpctl bringup | tpctl bringup --list | tpctl bringup --level 1 -o json | "
     "tpctl bringup --case v1.1c-tp2 -o wide | tpctl bringup --junit bringup.xml --baseline runs/LAST | "
-    "tpctl bringup --level 1 --html bringup.html",
+    "tpctl bringup --level 1 --html bringup.html | tpctl bringup --level 3 --case 'O-*' --list",
 )
 def bringup(
     out: Output,
     given: options.Given,
-    level: Annotated[int, typer.Option("--level", min=1, max=3, help="1 seconds, 2 all plans, 3 sweeps.")] = 2,
+    level: Annotated[
+        int, typer.Option("--level", min=1, max=3, help="1 seconds, 2 all plans, 3 sweeps.")
+    ] = DEFAULT_LEVEL,
     matrix: Annotated[
         Path | None, typer.Option("--matrix", help="A matrix file, in place of a level.", metavar="FILE")
     ] = None,
@@ -44,7 +46,7 @@ def bringup(
         list[str] | None,
         typer.Option(
             "--case",
-            help="Only this case, and those it needs; repeatable.",
+            help="Only this case, and those it needs; repeatable; O-* stands for all that it matches.",
             metavar="ID",
             autocompletion=complete.cases,
         ),
@@ -161,7 +163,7 @@ def envelope_of(matrix: Matrix, results: list[CaseResult], directory: Path, here
     for result in bad[:3]:
         if result.cause is not None and result.cause.next:
             steps.append(result.cause.next)
-        steps.append(f"tpctl bringup --case {result.case.id} -o wide")
+        steps.append(f"tpctl bringup{matrix.flag} --case {result.case.id} -o wide")
     data = {
         "matrix": matrix.title,
         "run_dir": str(directory),
@@ -180,7 +182,9 @@ def envelope_of(matrix: Matrix, results: list[CaseResult], directory: Path, here
 def closing(envelope: Envelope, results: list[CaseResult], directory: Path) -> list[str]:
     passed = sum(result.verdict is Verdict.PASS for result in results)
     cover = envelope.coverage
+    remarks = report.remarks(results)
     lines = [
+        *(["", *remarks] if remarks else []),
         *report.explain(results),
         "",
         f"{envelope.verdict}  {passed} of {len(results)} cases, {cover.checked} of {cover.expected} gates  {directory}",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ from engine.plan import PLANS, PP_PLANS, canonical_plan
 from engine.timeline import Timeline
 from tpctl.drill import table as drilltable
 from tpctl.errors import MatrixError
+from tpctl.matrix import ppgates as _  # noqa: F401 - its gates are among GATES once it is imported
 from tpctl.matrix.gates import GATES
 
+DEFAULT_LEVEL = 2
 KINDS = ("run", "parity")
 # What `drills = ` of a matrix file may ask for: each once, or each at every place that its table names.
 DRILLS = ("none", "each", "everywhere")
@@ -40,7 +44,8 @@ KEYS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the matrix. `reference` is the single-process case it must equal, `differs_from` one it must not.
+    """One cell of the matrix. `reference` is the single-process case it must equal, `differs_from` one it must not, or
+    one that it is measured against.
 
     `kind` is `run`, `parity`, or `drill`: then `id` is the drill's, and the table of drills has the demands.
     """
@@ -71,12 +76,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Matrix:
+    """Cases in order. `flag` is how a command line names the matrix again; the default one needs no name."""
+
     title: str
     path: str
     cases: tuple[Case, ...]
+    flag: str = ""
 
     def select(self, ids: Sequence[str]) -> Matrix:
-        """Only these cases and those they need, in the file's order.
+        """Only these cases and those they need, in the file's order. An id may be a pattern, as `O-*`.
 
         Raises:
             MatrixError: an id that the matrix does not have; the nearest is named.
@@ -87,17 +95,20 @@ class Matrix:
         while queue:
             name = queue.pop()
             if name not in known:
-                raise MatrixError(f"{self.path}: there is no case '{name}'{_near(name, known)}", code="TP-7302")
-            if name not in wanted:
+                matching = fnmatch.filter(known, name)
+                if not matching:
+                    raise MatrixError(f"{self.path}: there is no case '{name}'{_near(name, known)}", code="TP-7302")
+                queue += matching
+            elif name not in wanted:
                 wanted.add(name)
                 queue += known[name].needs()
-        return Matrix(self.title, self.path, tuple(case for case in self.cases if case.id in wanted))
+        return replace(self, cases=tuple(case for case in self.cases if case.id in wanted))
 
 
 def builtin(level: int) -> Matrix:
     """The matrix that comes with tpctl for level 1, 2 or 3."""
     with resources.as_file(resources.files("tpctl.matrix") / f"level{level}.toml") as path:
-        return load_matrix(path)
+        return replace(load_matrix(path), flag="" if level == DEFAULT_LEVEL else f" --level {level}")
 
 
 def load_matrix(path: Path) -> Matrix:
@@ -127,7 +138,8 @@ def load_matrix(path: Path) -> Matrix:
                     code="TP-7305",
                 )
         seen.append(case.id)
-    return Matrix(str(data.get("title", where)), where, cases + _drills(data.get("drills", "none"), where))
+    every = cases + _drills(data.get("drills", "none"), where)
+    return Matrix(str(data.get("title", where)), where, every, f" --matrix {shlex.quote(str(path))}")
 
 
 def _drills(wanted: Any, where: str) -> tuple[Case, ...]:

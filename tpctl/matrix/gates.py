@@ -44,7 +44,7 @@ def unknown(name: str, why: str) -> Finding:
     return Finding(name, Verdict.UNKNOWN, why)
 
 
-def _judge(name: str, ok: bool, message: str, value: Any, limit: Any) -> Finding:
+def judge(name: str, ok: bool, message: str, value: Any, limit: Any) -> Finding:
     return Finding(name, Verdict.PASS if ok else Verdict.FAIL, message, value, limit)
 
 
@@ -56,10 +56,10 @@ def _missing(seen: Observation) -> list[int]:
 def refused(seen: Observation) -> Finding:
     """Turned down before launch, by the division rule, with the degrees that would do."""
     if seen.refused is None:
-        return _judge("refused", False, "the configuration was accepted, but must be refused", None, "TP-1103")
+        return judge("refused", False, "the configuration was accepted, but must be refused", None, "TP-1103")
     valid = seen.refused.get("evidence", {}).get("valid")
     ok = seen.refused["code"] == "TP-1103" and bool(valid) and not (seen.run_dir / "ranks").exists()
-    return _judge("refused", ok, f"refused before launch: {seen.refused['message']}", seen.refused["code"], "TP-1103")
+    return judge("refused", ok, f"refused before launch: {seen.refused['message']}", seen.refused["code"], "TP-1103")
 
 
 @gate("exit-codes")
@@ -71,13 +71,13 @@ def exit_codes(seen: Observation) -> Finding:
     bad = {rank: code for rank, code in codes.items() if code not in (0, None)}
     unsaid = [*_missing(seen), *(int(rank) for rank, code in codes.items() if code is None)]
     if seen.outcome.timed_out:
-        return _judge("exit-codes", False, f"the deadline of {seen.case.deadline_s:g} s passed", codes, 0)
+        return judge("exit-codes", False, f"the deadline of {seen.case.deadline_s:g} s passed", codes, 0)
     if bad or seen.outcome.returncode:
         silent = f"; no final report of rank {', '.join(map(str, unsaid))}" if unsaid else ""
-        return _judge("exit-codes", False, f"exit codes by rank {codes}{silent}", codes, 0)
+        return judge("exit-codes", False, f"exit codes by rank {codes}{silent}", codes, 0)
     if unsaid:
         return unknown("exit-codes", f"no final report of rank {', '.join(map(str, unsaid))}")
-    return _judge("exit-codes", True, f"all {len(codes)} ranks exited 0", codes, 0)
+    return judge("exit-codes", True, f"all {len(codes)} ranks exited 0", codes, 0)
 
 
 @gate("latents-equal")
@@ -87,7 +87,7 @@ def latents_equal(seen: Observation) -> Finding:
     if isinstance(pair, Finding):
         return pair
     error = max(relative_error(pair[0][key], pair[1][key]) for key in pair[1])
-    return _judge("latents-equal", error <= LATENT_LIMIT, f"relative error {error:.2g}", error, LATENT_LIMIT)
+    return judge("latents-equal", error <= LATENT_LIMIT, f"relative error {error:.2g}", error, LATENT_LIMIT)
 
 
 @gate("pixels-equal")
@@ -97,7 +97,7 @@ def pixels_equal(seen: Observation) -> Finding:
     if isinstance(pair, Finding):
         return pair
     error = max(int(abs(pair[0][key].astype("int16") - pair[1][key].astype("int16")).max()) for key in pair[1])
-    return _judge("pixels-equal", error <= PIXEL_LIMIT, f"largest pixel difference {error}", error, PIXEL_LIMIT)
+    return judge("pixels-equal", error <= PIXEL_LIMIT, f"largest pixel difference {error}", error, PIXEL_LIMIT)
 
 
 @gate("identical")
@@ -110,7 +110,7 @@ def identical(seen: Observation) -> Finding:
             return pair
         different += sum(not bool((pair[0][key] == pair[1][key]).all()) for key in pair[1])
     words = f"{different} arrays differ" if different else "latents and pixels are the reference's, bit for bit"
-    return _judge("identical", not different, words, different, 0)
+    return judge("identical", not different, words, different, 0)
 
 
 def relative_error(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
@@ -133,11 +133,9 @@ def _pair(seen: Observation, name: str, kind: str) -> tuple[dict[str, Any], dict
         return unknown(name, lacking)
     shapes = [{key: value.shape for key, value in arrays.items()} for arrays in (ours, theirs)]
     if shapes[0] != shapes[1]:
-        return _judge(
-            name, False, f"chunks or shapes differ from {seen.case.reference}", str(shapes[0]), str(shapes[1])
-        )
+        return judge(name, False, f"chunks or shapes differ from {seen.case.reference}", str(shapes[0]), str(shapes[1]))
     if len(ours) != seen.case.chunks:
-        return _judge(name, False, f"{len(ours)} chunks recorded", len(ours), seen.case.chunks)
+        return judge(name, False, f"{len(ours)} chunks recorded", len(ours), seen.case.chunks)
     return ours, theirs
 
 
@@ -152,7 +150,7 @@ def frames(seen: Observation) -> Finding:
     expected = [4 * per_chunk - (3 if i == 0 or epochs[i] != epochs[i - 1] else 0) for i in range(len(epochs))]
     counted = [int(pixels[key].shape[0]) for key in sorted(pixels)]
     ok = counted == expected and len(counted) == seen.case.chunks
-    return _judge("frames", ok, f"{sum(counted)} frames, by chunk {counted}", sum(counted), sum(expected))
+    return judge("frames", ok, f"{sum(counted)} frames, by chunk {counted}", sum(counted), sum(expected))
 
 
 @gate("calls")
@@ -177,7 +175,7 @@ def calls(seen: Observation) -> Finding:
     if len(set(totals.values())) > 1:
         wrong.append(f"totals by rank differ: {totals}")
     message = "; ".join(wrong[:3]) if wrong else f"{expected} calls on each of {len(totals)} ranks"
-    return _judge("calls", not wrong, message, totals.get(0), expected)
+    return judge("calls", not wrong, message, totals.get(0), expected)
 
 
 @gate("digests")
@@ -195,14 +193,12 @@ def digests(seen: Observation) -> Finding:
             if any(value is None for value in values.values()):
                 absent += 1
             elif len(set(values.values())) > 1:
-                return _judge(
-                    "digests", False, f"chunk {index}: {name} differs by rank: {values}", str(values), "equal"
-                )
+                return judge("digests", False, f"chunk {index}: {name} differs by rank: {values}", str(values), "equal")
             else:
                 compared += 1
     if absent:
         return unknown("digests", f"{absent} of {absent + compared} digests were not taken")
-    return _judge("digests", True, f"{compared} digests equal on {seen.case.tp} ranks", compared, compared)
+    return judge("digests", True, f"{compared} digests equal on {seen.case.tp} ranks", compared, compared)
 
 
 @gate("imports")
@@ -214,7 +210,7 @@ def imports(seen: Observation) -> Finding:
     heavy = {rank: [name for name, held in report["imported"].items() if held] for rank, report in workers.items()}
     bad = {rank: names for rank, names in heavy.items() if names}
     message = f"imported: {bad}" if bad else f"{len(workers)} worker(s) hold neither transformers nor diffusers"
-    return _judge("imports", not bad, message, str(bad) if bad else "none", "none")
+    return judge("imports", not bad, message, str(bad) if bad else "none", "none")
 
 
 @gate("outputs")
@@ -226,7 +222,7 @@ def outputs(seen: Observation) -> Finding:
     sizes = {kind: Path(path).stat().st_size if Path(path).is_file() else None for kind, path in made.items() if path}
     bad = [kind for kind, size in sizes.items() if not size]
     message = f"missing or empty: {', '.join(bad)}" if bad else f"{', '.join(sizes)} written"
-    return _judge("outputs", not bad and bool(sizes), message, sizes, "not empty")
+    return judge("outputs", not bad and bool(sizes), message, sizes, "not empty")
 
 
 @gate("account")
@@ -238,7 +234,7 @@ def account(seen: Observation) -> Finding:
     balanced = found["accepted"] == found["emitted"] + found["dropped"] + found["abandoned"]
     ok = balanced and found["emitted"] == seen.case.chunks
     words = ", ".join(f"{found[key]} {key}" for key in ("accepted", "emitted", "dropped", "abandoned"))
-    return _judge("account", ok, words, found["emitted"], seen.case.chunks)
+    return judge("account", ok, words, found["emitted"], seen.case.chunks)
 
 
 @gate("account-with-drops")
@@ -250,7 +246,7 @@ def account_with_drops(seen: Observation) -> Finding:
     balanced = found["accepted"] == found["emitted"] + found["dropped"] + found["abandoned"]
     ok = balanced and found["dropped"] > 0 and found["emitted"] > 0 and not found["abandoned"]
     words = ", ".join(f"{found[key]} {key}" for key in ("accepted", "emitted", "dropped", "abandoned"))
-    return _judge("account-with-drops", ok, words, found["dropped"], "at least 1")
+    return judge("account-with-drops", ok, words, found["dropped"], "at least 1")
 
 
 @gate("overlap")
@@ -267,7 +263,7 @@ def overlap(seen: Observation) -> Finding:
         f"period {found['period_ms']:.0f} ms"
     )
     words += f"; a queue was too long at chunk {', '.join(map(str, over))}" if over else ""
-    return _judge("overlap", score >= OVERLAP_LEAST and not over, words, score, OVERLAP_LEAST)
+    return judge("overlap", score >= OVERLAP_LEAST and not over, words, score, OVERLAP_LEAST)
 
 
 @gate("leftovers")
@@ -276,7 +272,7 @@ def leftovers(seen: Observation) -> Finding:
     if seen.outcome is None:
         return unknown("leftovers", "nothing was launched")
     found = [*seen.outcome.leftovers, *seen.outcome.immortal]
-    return _judge("leftovers", not found, f"left behind: {'; '.join(found)}" if found else "none", len(found), 0)
+    return judge("leftovers", not found, f"left behind: {'; '.join(found)}" if found else "none", len(found), 0)
 
 
 @gate("cut-repeats")
@@ -291,7 +287,7 @@ def cut_repeats(seen: Observation) -> Finding:
     first, again = "chunk_00000", f"chunk_{cuts[0]:05d}"
     ok = all((arrays[first] == arrays[again]).all() for arrays in (seen.latents, seen.pixels))
     message = f"chunk {cuts[0]} {'repeats' if ok else 'does not repeat'} chunk 0"
-    return _judge("cut-repeats", ok, message, ok, True)
+    return judge("cut-repeats", ok, message, ok, True)
 
 
 @gate("prompt-changes-output")
@@ -309,4 +305,4 @@ def prompt_changes_output(seen: Observation) -> Finding:
     change = relative_error(seen.latents[key], seen.other.latents[key])
     limit = LATENT_LIMIT * CHANGE_FACTOR
     message = f"before the change {drift:.2g}, at chunk {at} {change:.2g}"
-    return _judge(name, drift <= LATENT_LIMIT and change > limit, message, change, limit)
+    return judge(name, drift <= LATENT_LIMIT and change > limit, message, change, limit)

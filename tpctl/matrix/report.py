@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.plan import PP_PLANS
 from tpctl.matrix.metrics import MIB
 from tpctl.matrix.runner import CaseResult
 from tpctl.output import Column, Table
@@ -44,6 +45,9 @@ COLUMNS = (
     Column("wall s", "wall_s", narrow=False, right=True),
     Column("note", "note"),
 )
+
+
+MEASURED = ("coupling", "deeper-only-waits", "send-after-decode")  # gates whose figures are the point of their case
 
 
 def table(results: Sequence[CaseResult]) -> Table:
@@ -85,7 +89,7 @@ def _note(result: CaseResult) -> str:
         return bad[0] + (f" +{len(bad) - 1}" if len(bad) > 1 else "")
     if result.case.expect == "refused":
         return "refused"
-    if result.case.kind == "run" and result.case.reference is None:
+    if result.case.kind == "run" and result.case.reference is None and result.case.plan not in PP_PLANS:
         return "reference"
     if result.case.kind == "drill":
         figures = result.metrics
@@ -97,6 +101,16 @@ def _note(result: CaseResult) -> str:
     if score is not None:
         return f"overlap {score:.2f}"
     return ""
+
+
+def remarks(results: Sequence[CaseResult]) -> list[str]:
+    """What measured cases have to say even where all is well."""
+    return [
+        f"{result.case.id}: {finding.message}"
+        for result in results
+        for finding in result.findings
+        if finding.id in MEASURED and finding.verdict is Verdict.PASS
+    ]
 
 
 def explain(results: Sequence[CaseResult]) -> list[str]:

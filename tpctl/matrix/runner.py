@@ -22,7 +22,7 @@ from tpctl.drill.runner import DrillRunner
 from tpctl.errors import LaunchError
 from tpctl.launch import local
 from tpctl.launch.environment import rank_environment
-from tpctl.matrix import gates
+from tpctl.matrix import gates, ppgates
 from tpctl.matrix.cases import Case, Matrix
 from tpctl.matrix.cause import Cause, first_cause
 from tpctl.matrix.metrics import metrics
@@ -183,6 +183,8 @@ class Runner:
     def _judge(self, seen: Observation) -> CaseResult:
         case = seen.case
         findings = tuple(gates.evaluate(name, seen) for name in case.gates)
+        held_back = ppgates.held_back(seen)
+        findings += (held_back,) if held_back is not None else ()
         cause = None
         if case.expect == "pass":
             if seen.refused is not None:
