@@ -81,6 +81,7 @@ class Comms:
         self._arrived: Posted | EngineError | None = None
         self._farewell: EngineError | None = None
         self._closing = False
+        self._most_in = self._most_out = 0
         self.failure: BaseException | None = None
         self._posted: queue.SimpleQueue[Posted | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="comms", daemon=True)
@@ -109,6 +110,9 @@ class Comms:
             if len(self._d_in) >= self._pipeline.d_in:
                 raise EngineError(f"d_in holds {len(self._d_in)} envelopes already", code="TP-6405")
             self._d_in.append((envelope, made))
+            self._most_in = max(self._most_in, len(self._d_in))
+            plan = envelope.plan
+            self._link.commit("queue INFER", {"chunk_index": plan.chunk_index, "cache_epoch": plan.cache_epoch})
             self._changed.notify_all()
 
     def take(self, epoch: Callable[[], int]) -> tuple[Arrival, Fate]:
@@ -124,6 +128,7 @@ class Comms:
                 self._raise_failure()
             arrival = self._d_out.popleft()
             result = arrival.result
+            self._link.commit("take RESULT", result.ids())
             fate = self._expected.judge(result.call_id, result.chunk_index, result.cache_epoch, epoch())
             self._changed.notify_all()
         if arrival.result.latents_out_BFCHW is not None:
@@ -134,6 +139,11 @@ class Comms:
         """Envelopes in `d_in`, results in `d_out`."""
         with self._changed:
             return len(self._d_in), len(self._d_out)
+
+    def most(self) -> tuple[int, int]:
+        """The longest that `d_in` and `d_out` ever were."""
+        with self._changed:
+            return self._most_in, self._most_out
 
     def close(self, error: BaseException | None = None) -> None:
         """Receive what is still on its way, say SHUTDOWN (or ERROR, if `error` is the mesh's business), and join.
@@ -255,6 +265,7 @@ class Comms:
             self._changed.wait_for(lambda: len(self._d_out) < self._pipeline.d_out or self._closing)
             if not self._closing:
                 self._d_out.append(Arrival(result, made, time.monotonic()))
+                self._most_out = max(self._most_out, len(self._d_out))
             self._changed.notify_all()
         self._watch_answers()
 

@@ -25,6 +25,7 @@ from engine.overlap import Arrival, Comms
 from engine.plan import ChunkPlan
 from engine.rank import RankContext
 from engine.recorder import Recorder
+from engine.report import rss_bytes
 from engine.sinks.base import SinkSet, open_sinks
 from engine.stage0 import Stage0
 from engine.streams import CommStream
@@ -138,15 +139,20 @@ class Pipeline:
         stage0.remember(latents_BFCHW, flight.plan)
         first = self._decoded_before_feed(latents_BFCHW.shape[1])
         self._emitting = True
-        pixels = [stage0.develop(latents_BFCHW[:, :first])] if first else []
+        pixels = []
+        if first:
+            self._commit("decode first", result)
+            pixels.append(stage0.develop(latents_BFCHW[:, :first]))
         fed_ms = self._now_ms()
         self._feed()
         inside_ms = self._now_ms() - fed_ms
         if first < latents_BFCHW.shape[1]:
+            self._commit("decode", result)
             pixels.append(stage0.develop(latents_BFCHW[:, first:]))
         self._emitting = False
         pixels_THWC = torch.cat(pixels)
         sinks.write(pixels_THWC.numpy(), result.chunk_index, flight.prompt)
+        self._commit("emit", result)
         self.context.emitted(result.chunk_index)
         recorder.keep(result.chunk_index, latents_BFCHW, pixels_THWC)
         self._record(flight, result, tRecv_ms, inside_ms, first, arrival)
@@ -160,7 +166,7 @@ class Pipeline:
 
     def _drop(self, result: Result, fate: Fate) -> None:
         """A result that must not be decoded: counted and recorded."""
-        self.context.blackbox.commit(f"drop {fate.value}", "pp_pg", result.ids())
+        self._commit(f"drop {fate.value}", result)
         if fate is Fate.STALE:
             self.stage0.forget(self._flying.pop(result.chunk_index).plan)
             self.context.count("dropped")
@@ -228,6 +234,7 @@ class Pipeline:
             "latents_before_feed": first,
             "d_in": d_in,
             "d_out": d_out,
+            "rss_bytes": rss_bytes(),
         }
         record |= stages(record, self._last_emit_ms)
         self._last_emit_ms = tEmit_ms
@@ -236,12 +243,19 @@ class Pipeline:
     def _report_overlap(self) -> None:
         found = overlap(self.context.report.chunks)
         pipeline = self.context.config.pipeline
+        most_in, most_out = self.comms.most()
         self.context.report.generator |= {
             "overlap": found.to_dict() if found is not None else None,
             "d_in": pipeline.d_in,
             "d_out": pipeline.d_out,
+            "d_in_most": most_in,
+            "d_out_most": most_out,
             "repeated_results": self._repeats,
         }
+
+    def _commit(self, action: str, result: Result) -> None:
+        """What Stage 0 does with a result, beside what its comms thread records: so their order can be proved."""
+        self.context.blackbox.commit(action, "pp_pg", result.ids())
 
     def _now_ms(self) -> float:
         return (time.monotonic() - self._began_s) * 1e3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from engine.report import rss_bytes
 from engine.stage1 import MeshResult
 from engine.wire.envelope import Envelope
 
@@ -29,6 +30,7 @@ def chunk_record(envelope: Envelope, call_id: int, result: MeshResult, times: di
         "output_digest_i64": result.output_digest_i64,
         **times,
         "t_b_ms": result.t_b_ms,
+        "rss_bytes": rss_bytes(),
     }
 
 
