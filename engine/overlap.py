@@ -81,6 +81,7 @@ class Comms:
         self._arrived: Posted | EngineError | None = None
         self._farewell: EngineError | None = None
         self._closing = False
+        self._sending = False  # one envelope is out of `d_in`, and not posted yet
         self._most_in = self._most_out = 0
         self.failure: BaseException | None = None
         self._posted: queue.SimpleQueue[Posted | None] = queue.SimpleQueue()
@@ -114,6 +115,16 @@ class Comms:
             plan = envelope.plan
             self._link.commit("queue INFER", {"chunk_index": plan.chunk_index, "cache_epoch": plan.cache_epoch})
             self._changed.notify_all()
+
+    def hand_over(self) -> None:
+        """Wait until every envelope that may go out now is out: k + 1 goes out before result k is decoded.
+
+        Returns as well where that can no longer be; the next `take` says why.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.failure is not None or self._closing or not (self._sending or self._may_send())
+            )
 
     def take(self, epoch: Callable[[], int]) -> tuple[Arrival, Fate]:
         """Wait for the next result, and judge it against what is expected; `epoch` tells Stage 0's current one.
@@ -226,6 +237,7 @@ class Comms:
             if not self._d_in:
                 return  # closed in the meantime
             envelope, made = self._d_in.popleft()
+            self._sending = True
         tensors = self._stream.to_host(dict(envelope.tensors), made)
         try:
             frame = self._link.prepare(dataclasses.replace(envelope, tensors=tensors))
@@ -242,6 +254,9 @@ class Comms:
             self._unanswered.add(header.call_id)
         self._watch_answers()
         self._link.post(frame)
+        with self._changed:
+            self._sending = False
+            self._changed.notify_all()
 
     def _take_in(self, arrived: Posted | EngineError) -> None:
         if isinstance(arrived, EngineError):

@@ -145,6 +145,7 @@ class Pipeline:
             pixels.append(stage0.develop(latents_BFCHW[:, :first]))
         fed_ms = self._now_ms()
         self._feed()
+        self.comms.hand_over()
         inside_ms = self._now_ms() - fed_ms
         if first < latents_BFCHW.shape[1]:
             self._commit("decode", result)
