@@ -90,6 +90,7 @@ class Comms:
         self._closing = False
         self._rest: set[str] = set()  # the threads that wait, of Stage 0's two
         self._told = False
+        self._sending = False  # one envelope is out of `d_in`, and not posted yet
         self.failure: BaseException | None = None
         self._posted: queue.SimpleQueue[Posted | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="comms", daemon=True)
@@ -119,7 +120,19 @@ class Comms:
                 raise EngineError(f"d_in holds {len(self._d_in)} envelopes already", code="TP-6405")
             self._d_in.append((envelope, made))
             self._note_depths()
+            plan = envelope.plan
+            self._link.commit("queue INFER", {"chunk_index": plan.chunk_index, "cache_epoch": plan.cache_epoch})
             self._changed.notify_all()
+
+    def hand_over(self) -> None:
+        """Wait until every envelope that may go out now is out: k + 1 goes out before result k is decoded.
+
+        Returns as well where that can no longer be; the next `take` says why.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.failure is not None or self._closing or not (self._sending or self._may_send())
+            )
 
     def take(self, epoch: Callable[[], int]) -> tuple[Arrival, Fate]:
         """Wait for the next result, and judge it against what is expected; `epoch` tells Stage 0's current one.
@@ -135,6 +148,7 @@ class Comms:
                 self._raise_failure()
             arrival = self._d_out.popleft()
             result = arrival.result
+            self._link.commit("take RESULT", result.ids())
             fate = self._expected.judge(result.call_id, result.chunk_index, result.cache_epoch, epoch())
             self._changed.notify_all()
         if arrival.result.latents_out_BFCHW is not None:
@@ -266,6 +280,7 @@ class Comms:
             if not self._d_in:
                 return  # closed in the meantime
             envelope, made = self._d_in.popleft()
+            self._sending = True
         tensors = self._stream.to_host(dict(envelope.tensors), made)
         try:
             frame = self._link.prepare(dataclasses.replace(envelope, tensors=tensors))
@@ -282,6 +297,9 @@ class Comms:
             self._unanswered[header.call_id] = time.monotonic()
         self._watch_answers()
         self._link.post(frame)
+        with self._changed:
+            self._sending = False
+            self._changed.notify_all()
 
     def _take_in(self, arrived: Posted | EngineError) -> None:
         if isinstance(arrived, EngineError):

@@ -25,6 +25,7 @@ from engine.overlap import Arrival, Comms
 from engine.plan import ChunkPlan
 from engine.rank import RankContext
 from engine.recorder import Recorder
+from engine.report import rss_bytes
 from engine.sinks.base import SinkSet, open_sinks
 from engine.stage0 import Stage0
 from engine.streams import CommStream
@@ -157,17 +158,23 @@ class Pipeline:
         self._emitting = True
         self.context.doing(Doing.DECODE)
         began_ms = self._now_ms()
-        pixels = [stage0.develop(latents_BFCHW[:, :first])] if first else []
+        pixels = []
+        if first:
+            self._commit("decode first", result)
+            pixels.append(stage0.develop(latents_BFCHW[:, :first]))
         tFeed_ms = self._now_ms()
         t_encode_ms = self._feed()
+        self.comms.hand_over()
         inside_ms = self._now_ms() - tFeed_ms
         self.context.doing(Doing.DECODE)
         if first < latents_BFCHW.shape[1]:
+            self._commit("decode", result)
             pixels.append(stage0.develop(latents_BFCHW[:, first:]))
         self._emitting = False
         pixels_THWC = torch.cat(pixels)
         self.context.doing(Doing.SINK)
         sinks.write(pixels_THWC.numpy(), result.chunk_index, flight.prompt)
+        self._commit("emit", result)
         self.context.emitted(result.chunk_index)
         recorder.keep(result.chunk_index, latents_BFCHW, pixels_THWC)
         feed = {
@@ -187,7 +194,7 @@ class Pipeline:
 
     def _drop(self, result: Result, fate: Fate) -> None:
         """A result that must not be decoded: counted and recorded."""
-        self.context.blackbox.commit(f"drop {fate.value}", "pp_pg", result.ids())
+        self._commit(f"drop {fate.value}", result)
         self.context.journal.info("drop", f"the result of chunk {result.chunk_index} is {fate.value}", ids=result.ids())
         if fate is Fate.STALE:
             self.stage0.forget(self._flying.pop(result.chunk_index).plan)
@@ -257,6 +264,7 @@ class Pipeline:
             **feed,
             "d_in": d_in,
             "d_out": d_out,
+            "rss_bytes": rss_bytes(),
         }
         record |= stages(record, self._last_emit_ms)
         self._last_emit_ms = tEmit_ms
@@ -279,6 +287,10 @@ class Pipeline:
     def _resumed(self) -> None:
         """A pause is no part of a chunk's period."""
         self._last_emit_ms = self._now_ms()
+
+    def _commit(self, action: str, result: Result) -> None:
+        """What Stage 0 does with a result, beside what its comms thread records: so their order can be proved."""
+        self.context.blackbox.commit(action, "pp_pg", result.ids())
 
     def _now_ms(self) -> float:
         return (time.monotonic() - self._began_s) * 1e3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from engine.report import rss_bytes
 from engine.stage1 import MeshResult
 from engine.wire.envelope import Envelope
 
@@ -30,6 +31,7 @@ def chunk_record(envelope: Envelope, call_id: int, result: MeshResult, times: di
         **times,
         "t_b_ms": result.t_b_ms,
         "tB0_ns": result.began_ns,
+        "rss_bytes": rss_bytes(),
     }
 
 

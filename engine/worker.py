@@ -82,7 +82,7 @@ class Worker:
         report.role = self.journal.role = self.topology.role(self.env.rank)
         report.tp_plan = self.config.plan.tp_plan
         report.move(RankState.JOINING)
-        meeting = MeetingPoint(self.env, comm.join_timeout_s)
+        meeting = MeetingPoint(self.env, self.topology, comm.join_timeout_s)
         meeting.meet("join", comm.join_timeout_s)
         groups = create_groups(self.env, self.config, self.topology, meeting, self.blackbox)
         faults.before_handshake(self.config, self.env.rank, self.blackbox)

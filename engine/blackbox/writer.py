@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic_ns
@@ -72,6 +73,8 @@ class BlackBox:
         self._names: dict[str, bytes] = {}
         self.ids: Mapping[str, int] = {}  # of the last commitment point that had any
         self._groups: dict[tuple[str, tuple[int, ...]], int] = {}
+        # In pp two threads commit. Re-entrant: a signal that comes inside may be the end, which commits too.
+        self._commit_lock = threading.RLock()
         size = self._collectives_offset + slots * COLLECTIVE.size
         # Made aside and moved in whole: a reader sees the old file or the new one, never half of either.
         temporary = path.with_name(path.name + ".new")
@@ -97,23 +100,24 @@ class BlackBox:
             ) from error
 
     def commit(self, action: str, group: str, ids: Mapping[str, int]) -> None:
-        """Record a commitment point. `action` and `group` keep their first 16 bytes."""
-        if ids:
-            self.ids = ids
-        seq = self._commits + 1
-        body = COMMIT.pack(
-            seq,
-            monotonic_ns(),
-            ids.get("call_id", -1),
-            ids.get("chunk_index", -1),
-            ids.get("cache_epoch", -1),
-            self._name(action),
-            self._name(group),
-            0,
-        )[: -CRC.size]
-        offset = HEADER_BYTES + (self._commits % self._slots) * COMMIT.size
-        self._map[offset : offset + COMMIT.size] = body + pack_crc(crc32(body))
-        self._commits = self._words[COMMITS] = seq
+        """Record a commitment point, from any thread. `action` and `group` keep their first 16 bytes."""
+        with self._commit_lock:
+            if ids:
+                self.ids = ids
+            seq = self._commits + 1
+            body = COMMIT.pack(
+                seq,
+                monotonic_ns(),
+                ids.get("call_id", -1),
+                ids.get("chunk_index", -1),
+                ids.get("cache_epoch", -1),
+                self._name(action),
+                self._name(group),
+                0,
+            )[: -CRC.size]
+            offset = HEADER_BYTES + (self._commits % self._slots) * COMMIT.size
+            self._map[offset : offset + COMMIT.size] = body + pack_crc(crc32(body))
+            self._commits = self._words[COMMITS] = seq
 
     def open_group(self, name: str, members: Sequence[int]) -> int:
         """Make a group known; returns the slot that `enter` counts its collectives in. `members[0]` leads.

@@ -83,8 +83,8 @@ class Channel(Group):
         with self._backend(OP):
             under_way = []
             for tensor in tensors:
-                self._enter(OP, tensor)
-                under_way.append(Posted(self, self._start(tensor), tensor))
+                number = self._enter(OP, tensor)
+                under_way.append(Posted(self, self._start(tensor), tensor, number))
             for message in under_way:
                 message.wait()
 

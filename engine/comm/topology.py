@@ -64,6 +64,10 @@ class Topology:
             return "stage0" if rank == 0 else "stage1+leader" if Rank(rank) == self.mesh[0] else "stage1"
         return "stage0+stage1" if rank == 0 else "stage1"
 
+    def named(self, rank: int) -> str:
+        """A rank in a sentence; in pp, where ranks are no peers of each other, with its role."""
+        return f"rank {rank} ({self.role(rank)})" if self.pp else f"rank {rank}"
+
 
 @dataclass
 class Groups:
@@ -78,11 +82,12 @@ class Groups:
 class MeetingPoint:
     """The launcher's key-value store, used to wait for ranks by name and to say who is missing."""
 
-    def __init__(self, env: RankEnv, timeout_s: float) -> None:
+    def __init__(self, env: RankEnv, topology: Topology, timeout_s: float) -> None:
         torch_dist = dist()
         # Under torchrun the agent serves the store; ranks started by hand let rank 0 serve it.
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._env = env
+        self._topology = topology
         timeout = datetime.timedelta(seconds=timeout_s)
         try:
             store: Any = torch_dist.TCPStore(
@@ -94,10 +99,16 @@ class MeetingPoint:
                 wait_for_workers=False,
             )
         except (RuntimeError, torch_dist.DistError) as error:
+            servant = topology.named(0)
+            waits = not agent and env.rank != 0
+            serves = f", which {servant} serves, and which did not come within {timeout_s:g} s" if waits else ""
             raise JoinError(
-                f"rank {env.rank} cannot reach the store at {env.master_addr}:{env.master_port}: {_first_line(error)}",
+                f"rank {env.rank} cannot reach the store at {env.master_addr}:{env.master_port}{serves}: "
+                f"{_first_line(error)}",
                 code="TP-3202",
-                next_step="check that the port is free and the host resolves; `tpctl env` shows the network",
+                evidence={"missing": [0], "place": "store", "timeout_s": timeout_s} if waits else {},
+                next_step=(f"look whether {servant} was started; " if waits else "")
+                + "check that the port is free and the host resolves; `tpctl env` shows the network",
             ) from error
         self.store: Any = torch_dist.PrefixStore(f"tpctl/{env.attempt}", store)
 
@@ -122,12 +133,16 @@ class MeetingPoint:
         except (RuntimeError, torch_dist.DistError) as error:
             missing = [rank for rank, key in keys.items() if not self.store.check([key])]
             raise JoinError(
-                f"rank {', '.join(map(str, missing))} did not reach '{place}' within {timeout_s:g} s "
+                f"{self._said(missing)} did not reach '{place}' within {timeout_s:g} s "
                 f"(waited for by rank {self._env.rank}; {self._env.world_size - len(missing)} of "
                 f"{self._env.world_size} came)",
                 evidence={"missing": missing, "place": place, "timeout_s": timeout_s},
                 next_step="look at the missing rank's stderr.log in the run directory",
             ) from error
+
+    def _said(self, ranks: list[int]) -> str:
+        named = [self._topology.named(rank) for rank in ranks]
+        return ", ".join([named[0], *(name.removeprefix("rank ") for name in named[1:])])
 
 
 def create_groups(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 from tests.cli.runs import CASE, OUTCOME, observe, write_run
+from tests.cli.runs import chunk as healthy_chunk
 from tpctl.commands.schema import load_schema
 from tpctl.matrix.cause import first_cause
-from tpctl.matrix.gates import GATES, evaluate, relative_error
+from tpctl.matrix.gates import GATES, evaluate, relative_error, slope
 from tpctl.matrix.metrics import metrics
 from tpctl.verdict import Coverage, Verdict, worst
 
@@ -20,7 +22,7 @@ COMMON = [
     name
     for name, gate in GATES.items()
     if gate.__module__ != "tpctl.matrix.ppgates"  # which has tests of its own
-    and name not in ("refused", "cut-repeats", "prompt-changes-output", "account-with-drops", "overlap")
+    and name not in ("refused", "cut-repeats", "prompt-changes-output", "account-with-drops", "overlap", "memory-flat")
 ]
 
 
@@ -59,15 +61,63 @@ def drop(rank: int):
 OVERLAP = {"score": 0.31, "stage0_ms": 10.0, "stage1_ms": 9.0, "period_ms": 12.0}
 
 
-def set_overlap(score: float = 0.31, d_in: int = 2):
-    """Rank 0's report of a pp run, its queue `d_in` as long as this at chunk 1."""
+def set_overlap(score: float = 0.31, d_in: int = 2, most: int = 2):
+    """Rank 0's report of a pp run, its queue `d_in` as long as this at chunk 1, and `most` between two chunks."""
 
     def edit(reports):
-        reports[0]["generator"] = {"overlap": OVERLAP | {"score": score}, "d_in": 2, "d_out": 2}
+        queues = {"d_in": 2, "d_out": 2, "d_in_most": most, "d_out_most": 2}
+        reports[0]["generator"] = {"overlap": OVERLAP | {"score": score}, **queues}
         for chunk in reports[0]["chunks"]:
             chunk.update(d_in=d_in if chunk["chunk_index"] == 1 else 0, d_out=2)
 
     return edit
+
+
+def set_memory(rank: int, per_chunk: int, chunks: int = 400, step: int = 1):
+    """Many chunks in both reports, level but for the noise of an allocator; this rank's rises, in steps of `step`."""
+
+    def edit(reports):
+        dice = random.Random(rank)
+        for number, report in reports.items():
+            report["chunks"] = [
+                healthy_chunk(
+                    index,
+                    rss_bytes=(400 << 20)
+                    + dice.choice((0, 0, 0, 3_538_944, 7_077_888))
+                    + max(0, 80 - index) * 250_000
+                    + (number == rank) * per_chunk * (index // step) * step,
+                )
+                for index in range(chunks)
+            ]
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "verdict"),
+    [
+        (set_memory(0, 0), Verdict.PASS),
+        (set_memory(1, 1_200), Verdict.PASS),
+        (set_memory(0, 6_000), Verdict.FAIL),
+        (set_memory(1, 6_000), Verdict.FAIL),
+        (set_memory(1, 6_000, step=64), Verdict.FAIL),
+        (set_memory(1, 0, chunks=250), Verdict.UNKNOWN),
+        (drop(1), Verdict.UNKNOWN),
+        (lambda reports: None, Verdict.UNKNOWN),
+    ],
+    ids=["flat", "records", "leak-0", "leak-1", "leak-in-steps", "short", "no-report", "no-figures"],
+)
+def test_memory_that_grows_from_chunk_to_chunk(tmp_path, edit, verdict):
+    finding = evaluate("memory-flat", seen(tmp_path, edit))
+    assert finding.verdict is verdict, finding
+    if verdict is Verdict.FAIL:
+        assert finding.value == pytest.approx(6_000, rel=0.2)
+
+
+def test_a_jump_is_no_slope():
+    level = [(index, 1000 + 10**6 * (index > 300)) for index in range(400)]
+    assert slope(level) == 0.0
+    assert slope([(index, 7 * index) for index in range(0, 400, 3)]) == 7.0
 
 
 DROPS = {"accepted": 3, "emitted": 2, "dropped": 1, "abandoned": 0}
@@ -84,6 +134,7 @@ ACCOUNT = {"accepted": 3, "emitted": 2, "dropped": 0, "abandoned": 0}
         ("overlap", set_overlap(), Verdict.PASS),
         ("overlap", set_overlap(score=0.29), Verdict.FAIL),
         ("overlap", set_overlap(d_in=3), Verdict.FAIL),
+        ("overlap", set_overlap(most=3), Verdict.FAIL),
         ("overlap", set_report(0, generator={"overlap": None}), Verdict.UNKNOWN),
         ("exit-codes", set_report(1, exit_code=70), Verdict.FAIL),
         ("exit-codes", set_report(1, exit_code=None), Verdict.UNKNOWN),

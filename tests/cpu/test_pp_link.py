@@ -19,10 +19,14 @@ from engine.blackbox import BlackBox, read, read_box
 from engine.comm.group import Phase, PhaseGate, Rank
 from engine.comm.p2p import LeaderEnd, Stage0End, messages
 from engine.comm.pair import Pair
-from engine.errors import CommError, FrameError, GroupError, PeerError, PreflightError
+from engine.config import EngineConfig
+from engine.errors import CommError, EngineError, FrameError, GroupError, PeerError, PreflightError, SinkError
+from engine.overlap import Comms
 from engine.plan import PP1
+from engine.streams import CommStream
+from engine.watchdog import Watchdog
 from engine.wire.expected import Expectations, Fate
-from engine.wire.frame import PreparedFrame, prepare_control
+from engine.wire.frame import PayloadBuffer, PreparedFrame, prepare_control
 from engine.wire.header import Action, Limits, LinkState
 from engine.wire.meta import error_meta
 from engine.wire.result import Result
@@ -205,6 +209,100 @@ def test_while_a_thread_owns_the_groups_a_second_caller_gets_an_error(ends: Ends
     gate.poisoned = True
     with pytest.raises(GroupError, match="nobody touches the groups again"):
         ends.stage0.expect()
+
+
+@pytest.fixture
+def comms(ends: Ends, tmp_path: Path) -> Iterator[Callable[..., Comms]]:
+    """Makes Stage 0's comms thread over this link; what ends a rank here is kept in `left`, in place of a process."""
+    watchdog = Watchdog(lambda deadline: None)
+
+    def make(left: list[EngineError], **pipeline: Any) -> Comms:
+        config = EngineConfig()
+        made = Comms(
+            ends.stage0,
+            dataclasses.replace(config.pipeline, **pipeline),
+            config.liveness,
+            watchdog,
+            CommStream("cpu"),
+            left.append,
+        )
+        made.start()
+        return made
+
+    yield make
+    watchdog.close()
+
+
+def test_a_poisoned_comms_thread_uses_no_group_even_when_its_answer_comes_at_last(
+    ends: Ends, comms: Callable[..., Comms]
+) -> None:
+    """Its rank would be gone by then. Here it goes on living, and meets the gate."""
+    left: list[EngineError] = []
+    talking = comms(left, join_timeout_s=0.2)
+    talking.put(make(PP1))
+    received = ends.later(ends.leader.receive).result(DEADLINE_S)
+    assert received is not None
+    talking.close(SinkError("the disk is full"))
+    assert [(error.code, error.exit_code) for error in left] == [("TP-6404", 76)]
+    assert left[0].evidence == {"unanswered": [7]}
+
+    counts = [ends.stage0.pair.down.ledger.count, ends.stage0.pair.up.ledger.count]
+    answering = ends.later(ends.leader.answer, ANSWER)
+    talking._thread.join(DEADLINE_S)
+    assert not talking._thread.is_alive()
+    assert isinstance(talking.failure, GroupError)
+    assert "nobody touches the groups again" in str(talking.failure)
+    assert [ends.stage0.pair.down.ledger.count, ends.stage0.pair.up.ledger.count] == counts
+    assert not answering.done()  # its second message has no room at the other end, and never will
+
+
+def test_a_result_of_another_shape_makes_no_room_for_its_payload(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends.leader.shapes = dataclasses.replace(SHAPES, latent_h=SHAPES.latent_h + 1)
+    wide = dataclasses.replace(ANSWER, latents_out_BFCHW=ramp(1, 3, 2, SHAPES.latent_h + 1, 2))
+    room = ends.stage0.expect()
+    ends.later(ends.leader.answer, wide)
+    room.wait()
+    made: list[int] = []
+    monkeypatch.setattr(PayloadBuffer, "view", lambda _, nbytes: made.append(nbytes))
+    count = ends.stage0.pair.up.ledger.count
+    with pytest.raises(FrameError, match="latents_out") as caught:
+        ends.stage0.read(room)
+    assert caught.value.field == "latents_out"
+    assert (made, ends.stage0.pair.up.ledger.count) == ([], count)
+
+
+def test_hand_over_waits_for_what_may_go_out_and_for_nothing_else(ends: Ends, comms: Callable[..., Comms]) -> None:
+    left: list[EngineError] = []
+    talking = comms(left, d_out=1, join_timeout_s=DEADLINE_S)
+    for chunk in (3, 4):
+        talking.put(make(PP1, chunk_index=chunk, current_start_frame=3 * chunk))
+        talking.hand_over()
+    sent = [entry.chunk_index for entry in read(ends.boxes[0]) if entry.action == "send INFER"]
+    assert sent == [3]  # there is room for one answer
+    assert talking.depths() == (1, 0)
+    assert ends.later(ends.leader.receive).result(DEADLINE_S) is not None
+    answering = ends.later(ends.leader.answer, ANSWER)
+    arrival, fate = talking.take(lambda: 1)
+    assert (arrival.result.chunk_index, fate) == (3, Fate.ACCEPTED)
+    answering.result(DEADLINE_S)
+    talking.hand_over()
+    assert [entry.chunk_index for entry in read(ends.boxes[0]) if entry.action == "send INFER"] == [3, 4]
+    ends.leader.receive()
+    second = dataclasses.replace(ANSWER, call_id=8, chunk_index=4, mesh_current_start_frame=15)
+    ends.later(ends.leader.answer, second)
+    leaving = ends.later(ends.leader.receive)  # SHUTDOWN
+    talking.close()
+    assert leaving.result(DEADLINE_S).header.action is Action.SHUTDOWN
+    assert left == []
+    talking.hand_over()  # closed: nothing to wait for
+
+
+def test_without_a_device_there_is_nothing_to_order() -> None:
+    comm = CommStream("cpu")
+    tensor = torch.ones(3)
+    assert comm.mark() is None
+    assert comm.to_host({"x": tensor}, None)["x"] is tensor
+    assert comm.to_device(tensor) == (tensor, None)
 
 
 def flying(*ids: tuple[int, int, int]) -> Expectations:

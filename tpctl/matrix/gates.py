@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,11 @@ Arrays = "dict[str, np.ndarray[Any, Any]]"
 LATENT_LIMIT = 1e-4  # |a - b| max over |b| max: float32 sums in another order
 PIXEL_LIMIT = 1  # steps of 255
 CHANGE_FACTOR = 10.0  # a changed prompt must move the latents this many times beyond LATENT_LIMIT
+
+QUEUES = ("d_in", "d_out")
+WARM_CHUNKS = 100  # caches, arenas and pools have their size by then
+LEAST_SERIES = 200  # chunks that a slope is worth something over
+LEAK_LIMIT_BYTES = 4096  # a chunk; its record, which the rank's report keeps, takes 600 to 1,200 of them
 
 GATES: dict[str, Gate] = {}
 
@@ -256,14 +261,43 @@ def overlap(seen: Observation) -> Finding:
     found = figures.get("overlap")
     if not found:
         return unknown("overlap", "rank 0 reported no overlap: too few chunks after the warm-up, or not a pp plan")
-    over = [c["chunk_index"] for c in chunks if c["d_in"] > figures["d_in"] or c["d_out"] > figures["d_out"]]
+    over = [f"at chunk {c['chunk_index']}" for c in chunks if any(c[name] > figures[name] for name in QUEUES)]
+    over += [f"once: {name} held {most}" for name in QUEUES if (most := figures[f"{name}_most"]) > figures[name]]
     score = float(found["score"])
     words = (
         f"score {score:.2f}, stage 0 {found['stage0_ms']:.0f} ms, stage 1 {found['stage1_ms']:.0f} ms, "
         f"period {found['period_ms']:.0f} ms"
     )
-    words += f"; a queue was too long at chunk {', '.join(map(str, over))}" if over else ""
+    words += f"; a queue was too long {', '.join(over)}" if over else ""
     return judge("overlap", score >= OVERLAP_LEAST and not over, words, score, OVERLAP_LEAST)
+
+
+@gate("memory-flat")
+def memory_flat(seen: Observation) -> Finding:
+    """Resident memory of no rank grows from chunk to chunk, once the run is warm."""
+    name = "memory-flat"
+    if _missing(seen) or not seen.reports:
+        return unknown(name, f"no report of rank {', '.join(map(str, _missing(seen)))}")
+    slopes = {}
+    for rank, report in sorted(seen.reports.items()):
+        series = [(int(chunk["chunk_index"]), int(chunk["rss_bytes"])) for chunk in report["chunks"]]
+        warm = [point for point in series if point[0] >= WARM_CHUNKS]
+        if len(warm) < LEAST_SERIES:
+            return unknown(name, f"rank {rank} has {len(warm)} chunks after the warm-up; {LEAST_SERIES} are needed")
+        slopes[rank] = slope(warm)
+    worst = max(slopes, key=lambda rank: slopes[rank])
+    words = f"rank {worst} grows fastest, by {slopes[worst]:.0f} bytes a chunk"
+    return judge(name, slopes[worst] <= LEAK_LIMIT_BYTES, words, round(slopes[worst]), LEAK_LIMIT_BYTES)
+
+
+def slope(points: Sequence[tuple[int, int]]) -> float:
+    """Rise of the line through these points: the median over all pairs (Theil and Sen), which single jumps leave
+    alone and a leak, however it comes in steps, does not."""
+    import numpy as np
+
+    x, y = np.asarray(points, dtype=np.float64).T
+    one, other = np.triu_indices(len(x), 1)
+    return float(np.median((y[other] - y[one]) / (x[other] - x[one])))
 
 
 @gate("leftovers")
