@@ -29,7 +29,8 @@ NOTES: dict[str, str] = {
     "tripwires": "Cadence of each check in chunks; 0 is off.",
     "drill": "A fault to plant. For drills only (tpctl drill): leave `id` empty.",
     "run": "How much to make, and of what.",
-    "sink": f"kinds: any of {', '.join(SINK_KINDS)}.",
+    "source": "Video-to-video: a file, how much of it becomes noise (0 to 1), and what follows its last frame.",
+    "sink": f"kinds: any of {', '.join(SINK_KINDS)}. on_slow: what happens when more than queue_chunks chunks wait.",
 }
 
 
