@@ -90,7 +90,11 @@ class VideoSource:
         return self._last_HWC
 
     def _decode(self) -> Iterator[np.ndarray[Any, Any]]:
-        """All frames from the beginning. One thread and no concealment: every rank must see the same frames."""
+        """All frames from the beginning, by one thread: every rank must see the same ones.
+
+        The decoder is told to give up where it would conceal. A damage that it can decode nobody can tell from a film:
+        there is no checksum in it.
+        """
         import av
 
         try:
