@@ -14,6 +14,7 @@
     ├── WeightsError           77  TP-40xx  a checkpoint that is missing, truncated or of another model
     ├── CodecError             70  TP-50xx  text encoder or VAE
     ├── SinkError              70  TP-51xx  the output cannot be written
+    ├── SourceError            70  TP-515x  the input video cannot be read; 77 if that is found at start-up
     └── TripwireError          70  TP-60xx  a check of the contract failed (section 9)
         └── CallCountError     70  TP-61xx  planned, expected and observed generator calls differ (FM-02)
 
@@ -158,6 +159,10 @@ class CodecError(EngineError):
 
 class SinkError(EngineError):
     code = "TP-5101"
+
+
+class SourceError(EngineError):
+    code = "TP-5153"
 
 
 class TripwireError(EngineError):

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import sys
-from pathlib import Path
 
 from engine.comm.transport import BroadcastLink
-from engine.errors import CallCountError, EngineError, PreflightError, SinkError
+from engine.errors import CallCountError, EngineError, PreflightError, SinkError, SourceError
 from engine.lifecycle import Doing, RankExit, RankState
 from engine.materials import Materials
 from engine.rank import RankContext
 from engine.record import Clock, chunk_record
 from engine.recorder import Recorder
-from engine.sinks.base import SinkSet, open_sinks
+from engine.sinks.writer import SinkWriter
 from engine.stage0 import Stage0
 from engine.stage1 import Stage1
 from engine.watchdog import Heartbeat
@@ -26,26 +25,31 @@ from engine.wire.meta import error_meta
 def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: Materials) -> None:
     """Make the run's chunks until the timeline's end or a drain. Raises what ends the stream early."""
     config, report = context.config, context.report
-    account = context.open_account()
+    context.open_account()
     heartbeat = Heartbeat(config.liveness.heartbeat_s, lambda: beat(context, link))
-    sinks: SinkSet | None = None
+    sinks: SinkWriter | None = None
     peers_wait = True  # for a header: so this rank may still end them in good order
     try:
         heartbeat.start()
         recorder = Recorder(context.run_dir, config.run.record_latents)
-        directory = Path(config.sink.directory) if config.sink.directory else context.run_dir
-        sinks = open_sinks(config.sink, directory, height=config.geometry.height, width=config.geometry.width)
+        sinks = context.open_writer()
         stage0 = Stage0(config, context.timeline, materials)
         clock = Clock()
         for _ in range(config.run.chunks) if config.run.chunks else itertools.count():
+            if stage0.source_ended():
+                break
             if not context.goes_on(stage0.chunk_index + 1, lambda: heartbeat.failure is None, clock.restart):
                 break
             if heartbeat.failure is not None:
                 peers_wait = False
                 raise heartbeat.failure
             context.doing(Doing.PREPARE)
+            try:
+                envelope = stage0.step()
+            except SourceError as error:  # nothing was accepted for it
+                context.fail_after_drain(error)
+                break
             context.count("accepted")
-            envelope = stage0.step()
             clock.mark("t_a_ms")
             context.doing(Doing.MESH)
             with heartbeat.hold():
@@ -62,24 +66,26 @@ def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: M
             context.doing(Doing.DECODE)
             pixels_THWC = stage0.accept(result.latents_out_BFCHW, envelope.plan)
             context.doing(Doing.SINK)
-            sinks.write(pixels_THWC.numpy(), envelope.plan.chunk_index, envelope.prompt or "")
-            context.emitted(envelope.plan.chunk_index)
+            sinks.put(pixels_THWC.numpy(), envelope.plan.chunk_index, envelope.prompt or "")
             recorder.keep(envelope.plan.chunk_index, result.latents_out_BFCHW, pixels_THWC)
             clock.mark("t_c_ms")
             context.keep(chunk_record(envelope, call_id, result, clock.turn()), result)
         context.drain.begin(ended=True)
         report.move(RankState.DRAINING)
-        report.outputs = {kind: str(path) for kind, path in sinks.close().items()}
+        context.doing(Doing.SINK)
+        report.outputs = sinks.close()
+        context.settle()
         sinks = None
         recorder.close()
         heartbeat.stop()
         peers_wait = False
         with context.watchdog.budget("SHUTDOWN", config.liveness.watchdog_s, RankExit.TRANSPORT, "FM-41"):
             say(link, Action.SHUTDOWN)
+        context.raise_failure()
     except BaseException as error:
-        account["abandoned"] = account["accepted"] - account["emitted"] - account["dropped"]
         if sinks is not None:
             sinks.abort()
+        context.settle()
         if peers_wait:
             heartbeat.stop()
             dismiss(context, link, error)

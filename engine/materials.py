@@ -10,13 +10,14 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from engine.assets import text_encoder_dir, vae_dir
 from engine.codecs.context import ContextBuffers
-from engine.config import EngineConfig
+from engine.config import VAE_TEMPORAL, EngineConfig
 from engine.errors import CodecError
 from engine.plan import V0, V1, V11A, V11B, ChunkPlan
 from engine.wire.envelope import Envelope
@@ -24,6 +25,7 @@ from engine.wire.envelope import Envelope
 if TYPE_CHECKING:
     from engine.codecs.text import TextEncoder
     from engine.codecs.vae import StreamingVAE
+    from engine.sources.video import VideoSource
 
 # Shape legend: B batch (1), F latent frames of a chunk, K context frames, C latent channels, H W latent or pixel size,
 # T pixel frames, L text tokens, D text width, N denoise steps.
@@ -87,6 +89,21 @@ class Materials:
                 decoder=parts.vae_decoder,
             )
         geometry = config.geometry
+        self.source: VideoSource | None = None
+        self.source_sha256: str | None = None
+        if config.source.video and parts.noise:  # whoever makes the noise makes the latents out of it
+            from engine.sources.video import VideoSource
+
+            source = config.source
+            self.source = VideoSource(
+                Path(source.video), height=geometry.height, width=geometry.width, on_end=source.on_end
+            )
+            self.source_sha256 = self.source.digest()
+            if self.source.rate is not None and abs(self.source.rate - config.sink.fps) > 0.01 * config.sink.fps:
+                warn(
+                    f"{source.video} has {self.source.rate:g} frames a second and sink.fps is {config.sink.fps}: "
+                    "frame follows frame, so the stream plays at another speed"
+                )
         self.buffers = ContextBuffers(
             context_frames=geometry.context_frames,
             frames_per_chunk=geometry.frames_per_chunk,
@@ -137,7 +154,8 @@ class Materials:
         """`latents` [1, F, C, H, W] and `renoise` [N-1, 1, F, C, H, W].
 
         One CPU generator a chunk, seeded base_seed + current_start_frame: the latents first, then the noise of each
-        later step. So a hard cut with the same seed repeats the first chunk.
+        later step. So a hard cut with the same seed repeats the first chunk; of a source only its noise, for the video
+        goes on.
         """
         generator = torch.Generator("cpu").manual_seed(plan.base_seed + plan.current_start_frame)
         frames, channels = self.config.geometry.frames_per_chunk, self.config.dims.in_dim
@@ -147,11 +165,25 @@ class Materials:
             return torch.randn(shape, generator=generator, dtype=torch.float32).to(self.device, self.dtype)
 
         latents_BFCHW = draw()
+        if plan.noise_scale is not None:
+            latents_BFCHW = self._mix(latents_BFCHW, plan)
         later = [draw() for _ in range(plan.num_denoise_steps - 1)]
         tensors: dict[str, torch.Tensor | None] = {"latents": latents_BFCHW}
         if later:
             tensors["renoise"] = torch.stack(later)
         return tensors
+
+    @torch.inference_mode()
+    def _mix(self, noise_BFCHW: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
+        """Video-to-video: the source's next latents x0, noised as flow matching does, (1 - s) x0 + s noise."""
+        if self.source is None or self.vae is None or plan.noise_scale is None:
+            raise CodecError("this rank's plan makes latents of a source, but it holds none or no VAE encoder")
+        first = plan.current_start_frame == 0
+        frames_THWC = torch.from_numpy(self.source.take(VAE_TEMPORAL * noise_BFCHW.shape[1] - (3 if first else 0)))
+        pixels_BTCHW = (frames_THWC.permute(0, 3, 1, 2)[None].float() / 127.5 - 1).to(self.device, self.dtype)
+        x0_BFCHW = self.vae.encode_next(pixels_BTCHW)
+        scale = plan.noise_scale
+        return ((1 - scale) * x0_BFCHW.float() + scale * noise_BFCHW.float()).to(noise_BFCHW.dtype)
 
     @torch.inference_mode()
     def anchor(self, plan: ChunkPlan) -> torch.Tensor:

@@ -20,6 +20,7 @@ from engine.lifecycle import RankExit, RankState
 from engine.rank import RankContext
 from engine.record import Clock, chunk_record
 from engine.stage1 import MeshResult, Stage1
+from engine.wire.dialect import pp_wire
 from engine.wire.envelope import Envelope
 from engine.wire.frame import prepare, prepare_control
 from engine.wire.header import Action
@@ -45,7 +46,8 @@ class MeshLeader:
     def of(cls, context: RankContext, pair: Pair, mesh: BroadcastLink, stage1: Stage1) -> MeshLeader:
         """With its end of the pp link, which knows the same sizes and limits as the mesh link."""
         pin = mesh.buffer.device.type == "cuda"
-        up = LeaderEnd(pair, mesh.limits, mesh.shapes, mesh.tp_plan, context.blackbox, pin)
+        wire = pp_wire(context.config.noise_scale)
+        up = LeaderEnd(pair, mesh.limits, mesh.shapes, mesh.tp_plan, context.blackbox, pin, wire)
         return cls(context, up, mesh, stage1)
 
     def run(self) -> None:

@@ -23,7 +23,7 @@ from engine.plan import due
 BUCKETS_S = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
 OVERLAP_CHUNKS = 64
 STAGES = {"t_a_ms": "a", "t_frame_ms": "frame", "t_b_ms": "b", "t_c_ms": "c"}
-REASONS = ("stale", "repeated")
+REASONS = ("stale", "repeated", "slow_sink")
 
 
 class StreamMetrics:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from engine import tripwires
 from engine.comm.p2p import Stage0End
 from engine.comm.topology import Groups
-from engine.errors import EngineError, TripwireError
+from engine.errors import EngineError, SourceError, TripwireError
 from engine.lifecycle import Doing, RankExit, RankState
 from engine.materials import Materials
 from engine.measures import overlap, stages
@@ -26,9 +25,10 @@ from engine.plan import ChunkPlan
 from engine.rank import RankContext
 from engine.recorder import Recorder
 from engine.report import rss_bytes
-from engine.sinks.base import SinkSet, open_sinks
+from engine.sinks.writer import SinkWriter
 from engine.stage0 import Stage0
 from engine.streams import CommStream
+from engine.wire.dialect import pp_wire
 from engine.wire.envelope import Shapes
 from engine.wire.expected import Fate
 from engine.wire.header import Limits
@@ -52,7 +52,7 @@ class Pipeline:
         self.context = context
         self.comms = comms
         self.stage0 = Stage0(context.config, context.timeline, materials)
-        self.account = context.open_account()
+        context.open_account()
         self._flying: dict[int, Flight] = {}
         self._emitting = False
         self._repeats = 0
@@ -75,6 +75,7 @@ class Pipeline:
             config.plan.tp_plan,
             context.blackbox,
             device.startswith("cuda"),
+            pp_wire(config.noise_scale),
         )
         comms = Comms(link, config.pipeline, config.liveness, context.watchdog, CommStream(device), context.leave_now)
         return cls(context, comms, materials)
@@ -82,12 +83,11 @@ class Pipeline:
     def run(self) -> None:
         """Make the run's chunks until the timeline's end or a drain. Raises what ends the stream early."""
         config, report = self.context.config, self.context.report
-        sinks: SinkSet | None = None
+        sinks: SinkWriter | None = None
         self.comms.start()
         try:
             recorder = Recorder(self.context.run_dir, config.run.record_latents)
-            directory = Path(config.sink.directory) if config.sink.directory else self.context.run_dir
-            sinks = open_sinks(config.sink, directory, height=config.geometry.height, width=config.geometry.width)
+            sinks = self.context.open_writer()
             while True:
                 self._feed()
                 if not self._flying:
@@ -104,15 +104,18 @@ class Pipeline:
                     self._drop(arrival.result, fate)
             self.context.drain.begin(ended=True)
             report.move(RankState.DRAINING)
-            report.outputs = {kind: str(path) for kind, path in sinks.close().items()}
+            self.context.doing(Doing.SINK)
+            report.outputs = sinks.close()
+            self.context.settle()
             sinks = None
             recorder.close()
             self._report_overlap()
             self.comms.close()
+            self.context.raise_failure()
         except BaseException as error:
-            self.account["abandoned"] = self.account["accepted"] - self.account["emitted"] - self.account["dropped"]
             if sinks is not None:
                 sinks.abort()
+            self.context.settle()
             self.comms.close(error)
             raise
 
@@ -122,7 +125,11 @@ class Pipeline:
         while self._may_feed():
             self.context.doing(Doing.PREPARE)
             tA0_ms = self._now_ms()
-            envelope = self.stage0.step()
+            try:
+                envelope = self.stage0.step()
+            except SourceError as error:  # nothing was accepted for it
+                self.context.fail_after_drain(error)
+                break
             t_encode_ms += self.stage0.materials.t_encode_ms
             self.context.count("accepted")
             plan = envelope.plan
@@ -131,11 +138,12 @@ class Pipeline:
         return t_encode_ms
 
     def _ended(self) -> bool:
-        return 0 < self.context.config.run.chunks <= self.stage0.chunk_index + 1
+        chunks = self.context.config.run.chunks
+        return 0 < chunks <= self.stage0.chunk_index + 1 or self.stage0.source_ended()
 
     def _may_feed(self) -> bool:
         config, steering = self.context.config, self.context.steering
-        if self._ended() or self.context.drain.requested or not self.comms.room():
+        if self._ended() or self.context.ending() or not self.comms.room():
             return False
         if steering is not None and steering.holds(self.stage0.chunk_index + 1):
             return False
@@ -147,7 +155,7 @@ class Pipeline:
             return not self._emitting and (config.pipeline.cut == "discard" or not self._flying)
         return True
 
-    def _emit(self, arrival: Arrival, sinks: SinkSet, recorder: Recorder) -> None:
+    def _emit(self, arrival: Arrival, sinks: SinkWriter, recorder: Recorder) -> None:
         """Phase C of one chunk, with phase A of the next one in its middle."""
         result, stage0 = arrival.result, self.stage0
         flight = self._flying.pop(result.chunk_index)
@@ -173,9 +181,8 @@ class Pipeline:
         self._emitting = False
         pixels_THWC = torch.cat(pixels)
         self.context.doing(Doing.SINK)
-        sinks.write(pixels_THWC.numpy(), result.chunk_index, flight.prompt)
+        sinks.put(pixels_THWC.numpy(), result.chunk_index, flight.prompt)
         self._commit("emit", result)
-        self.context.emitted(result.chunk_index)
         recorder.keep(result.chunk_index, latents_BFCHW, pixels_THWC)
         feed = {
             "tFeed_ms": tFeed_ms,

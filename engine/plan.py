@@ -16,6 +16,7 @@ PP1 = "pp1"
 TP_PLANS = (V0, V11A, V11B, V1)
 PP_PLANS = (PP0, PP1)  # Stage 0 alone on rank 0, the mesh on the ranks after it
 PLANS = TP_PLANS + PP_PLANS
+TIMESTEPS = 1000  # of the schedule: pure noise
 ALIASES = {"v0": V0, "v1.1c": V1}
 
 
@@ -32,6 +33,13 @@ def due(every: int, chunk_index: int) -> bool:
 def expected_generator_calls(do_kv_recompute: bool, num_denoise_steps: int, clean_pass: bool = False) -> int:
     """Generator calls of one chunk: the recompute call, one a step, and the optional clean pass at t = 0."""
     return int(do_kv_recompute) + num_denoise_steps + int(clean_pass)
+
+
+def steps_within(steps: tuple[int, ...], noise_scale: float | None) -> tuple[int, ...]:
+    """The denoise steps of a chunk. Video-to-video begins at the step nearest below the noise of its latents."""
+    if noise_scale is None:
+        return steps
+    return tuple(step for step in steps if step <= round(TIMESTEPS * noise_scale, 6))
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,10 @@ class ChunkPlan:
             problems.append("recompute needs context, and the first chunk of an epoch has none")
         if self.conditioning_embeds_updated and not self.reset_crossattn_cache:
             problems.append("changed conditioning needs reset_crossattn_cache")
+        if self.noise_scale is not None and not 0.0 < self.noise_scale <= 1.0:
+            problems.append(f"noise_scale must be in (0, 1], is {self.noise_scale}")
+        elif steps_within(self.denoising_step_list, self.noise_scale) != self.denoising_step_list:
+            problems.append(f"the steps {list(self.denoising_step_list)} begin noisier than noise_scale")
         if self.current_start_frame < 0 or self.cache_epoch < 0 or self.control_epoch < 0:
             problems.append("frames and epochs must not be negative")
         if problems:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from engine.lifecycle import Doing, RankExit, RankState
 from engine.log import Log
 from engine.records import ChunkRecords, Header, StageRecords
 from engine.report import RankReport, age_s
+from engine.sinks.base import open_sinks
+from engine.sinks.writer import STUCK_S, SinkWriter
 from engine.stage1 import MeshResult
 from engine.timeline import Timeline
 from engine.watchdog import Deadline, Watchdog
@@ -27,6 +30,7 @@ if TYPE_CHECKING:  # its library is loaded where somebody listens
 
 # The longest that a paused loop does not look at its peers.
 REST_S = 0.2
+THE_DRAIN = "the drain"
 STREAMING = (RankState.RUNNING, RankState.DRAINING, RankState.SHUTDOWN)
 
 
@@ -45,6 +49,10 @@ class RankContext:
     metrics: StreamMetrics | None = None
 
     def __post_init__(self) -> None:
+        self._counting = threading.Lock()  # the loop and the sink writer both count
+        self._settled = False
+        self._failure: EngineError | None = None
+        self.writer: SinkWriter | None = None
         self.watchdog = Watchdog(self._expired)
         self.drain = DrainRequest(self._first_signal, self._second_signal, self._drain_taken_back)
 
@@ -100,7 +108,7 @@ class RankContext:
     def dropped(self, reason: str, counted: bool = True) -> None:
         """A result that is not emitted; `counted` unless its chunk has another fate."""
         if counted:
-            self.count("dropped")
+            self.count("dropped", reason)
         if self.metrics is not None:
             self.metrics.dropped(reason)
 
@@ -109,17 +117,68 @@ class RankContext:
         times = {name: round(record[name], 3) for name in ("period_ms", "t_b_ms") if record.get(name) is not None}
         self.journal.debug("chunk", f"chunk {record['chunk_index']} is done", ids=record, **times)
 
-    def open_account(self) -> dict[str, int]:
+    def open_account(self) -> None:
         """On rank 0, once: accepted = emitted + dropped + abandoned, in every ending."""
         self.report.account = {"accepted": 0, "emitted": 0, "dropped": 0, "abandoned": 0}
-        return self.report.account
+        self.report.drops = {"stale": 0, "slow_sink": 0}
 
-    def count(self, fate: str) -> None:
-        """One more chunk accepted, emitted or dropped; in the black box too, which outlives a killed rank."""
-        if self.report.account is None:
+    def open_writer(self) -> SinkWriter:
+        """On rank 0, once: the sinks, and the thread that writes them. Raises SinkError."""
+        config, geometry = self.config, self.config.geometry
+        directory = Path(config.sink.directory) if config.sink.directory else self.run_dir
+        self.writer = SinkWriter(
+            open_sinks(config.sink, directory, height=geometry.height, width=geometry.width),
+            config.sink,
+            written=self.emitted,
+            dropped=lambda chunk_index: self.dropped("slow_sink"),
+            failed=self.fail_after_drain,
+            stuck=lambda sink: self.blackbox.commit(f"sink {sink}", "-", {}),
+        )
+        return self.writer
+
+    def count(self, fate: str, reason: str | None = None) -> None:
+        """One more chunk accepted, emitted or dropped (why); in the black box too, which outlives a killed rank."""
+        if self.report.account is None or self.report.drops is None:
             raise EngineError("chunks are counted on rank 0, once its account is open", code="TP-6406")
-        self.report.account[fate] += 1
-        self.blackbox.count(fate)
+        with self._counting:
+            if self._settled:
+                return
+            self.report.account[fate] += 1
+            if reason is not None:
+                self.report.drops[reason] += 1
+            self.blackbox.count(fate)
+
+    def settle(self) -> None:
+        """What has no fate by now is abandoned; nothing is counted any more."""
+        lost = self.writer.freeze() if self.writer is not None else []
+        # Whoever holds the lock only counts; a thread that cannot count must not keep the rank from leaving.
+        held = self._counting.acquire(timeout=1.0)
+        account = self.report.account
+        if account is not None and not self._settled:
+            account["abandoned"] = account["accepted"] - account["emitted"] - account["dropped"]
+            newest = range(account["accepted"] - account["abandoned"] + len(lost), account["accepted"])
+            self.report.abandoned_chunks = [*lost, *newest]  # finished ones, then those in flight
+        self._settled = True
+        if self.writer is not None:
+            self.report.sinks = self.writer.facts()
+        if held:
+            self._counting.release()
+
+    def ending(self) -> bool:
+        """Whether to accept no more: a drain was asked for, or the stream failed in a way that drains first."""
+        return self.drain.requested or self._failure is not None
+
+    def fail_after_drain(self, error: EngineError) -> None:
+        """The stream cannot go on, but what was accepted can be finished: within the drain's deadline."""
+        if self._failure is None:
+            self._failure = error
+            self.drain.begin(ended=True)  # nobody takes this one back
+            self._start_drain(f"{error.code}: {error.message}")
+
+    def raise_failure(self) -> None:
+        """After the drain: what it was for, if it was a failure."""
+        if self._failure is not None:
+            raise self._failure
 
     def emitted(self, chunk_index: int) -> None:
         """A chunk is out: count it, and tell whoever steered it."""
@@ -136,6 +195,10 @@ class RankContext:
 
     def leave_now(self, error: EngineError) -> None:
         """Record and end the process from any thread; nothing of the main thread runs again."""
+        blocker = self.writer.blocker(STUCK_S) if self.writer is not None else None
+        if blocker is not None:
+            error.evidence["blocked_by"] = blocker
+        self.settle()
         self.report.error, self.report.exit_code = error.to_record(), error.exit_code
         self.report.state = RankState.ABORTED
         self.report.times["aborted_s"] = age_s()
@@ -148,9 +211,11 @@ class RankContext:
 
     def _expired(self, deadline: Deadline) -> None:
         orphaned = deadline.exit_code is RankExit.ORPHANED
+        blocker = self.writer.blocker() if self.writer is not None and deadline.name == THE_DRAIN else None
         self.leave_now(
             TripwireError(
-                f"rank {self.env.rank} spent more than {deadline.budget_s:g} s in {deadline.name}",
+                f"rank {self.env.rank} spent more than {deadline.budget_s:g} s in {deadline.name}"
+                + (f"; {blocker}" if blocker else ""),
                 code="TP-6401" if orphaned else "TP-6402",
                 fm=deadline.fm,
                 exit_code=int(deadline.exit_code),
@@ -165,14 +230,17 @@ class RankContext:
         if self.report.state not in STREAMING:
             self._abort(name, "before the stream ran")
         elif self.env.rank == 0:
-            budget_s = self.config.liveness.drain_deadline_s
-            print(f"rank 0: {name}: draining, {budget_s:g} s at most", file=sys.stderr, flush=True)
-            self.watchdog.arm("the drain", budget_s, RankExit.PHASE_BUDGET)
-            if self.steering is not None:
-                self.steering.wake()
+            self._start_drain(name)
+
+    def _start_drain(self, why: str) -> None:
+        budget_s = self.config.liveness.drain_deadline_s
+        print(f"rank 0: {why}: draining, {budget_s:g} s at most", file=sys.stderr, flush=True)
+        self.watchdog.arm(THE_DRAIN, budget_s, RankExit.PHASE_BUDGET)
+        if self.steering is not None:
+            self.steering.wake()
 
     def _drain_taken_back(self) -> None:
-        self.watchdog.disarm("the drain")
+        self.watchdog.disarm(THE_DRAIN)
         self.journal.info("signal", "the drain is taken back: the stream goes on")
         print("rank 0: the drain is taken back: the stream goes on", file=sys.stderr, flush=True)
 
@@ -181,9 +249,6 @@ class RankContext:
         self._abort(name, "a second time: abort")
 
     def _abort(self, name: str, when: str) -> None:
-        account = self.report.account
-        if account is not None:
-            account["abandoned"] = account["accepted"] - account["emitted"] - account["dropped"]
         number = 128 + {"SIGTERM": 15, "SIGINT": 2}[name]
         self.leave_now(
             EngineError(f"{name} {when}", code="TP-6403", exit_code=number, next_step="tpctl bringup --level 1")

@@ -56,6 +56,9 @@ class RankReport:
     generator: dict[str, Any] = field(default_factory=dict)
     chunks: list[dict[str, Any]] = field(default_factory=list)
     account: dict[str, int] | None = None
+    drops: dict[str, int] | None = None  # the dropped ones of the account, by reason
+    abandoned_chunks: list[int] | None = None
+    sinks: dict[str, Any] | None = None  # how slow they were
     outputs: dict[str, str] | None = None
     clock: dict[str, float] = field(default_factory=read_clock)
     on_move: Callable[[RankState], None] | None = None  # hears of each state as it is reached

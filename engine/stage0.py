@@ -71,6 +71,10 @@ class Stage0:
         self._in_flight[chunk_index] = plan
         return envelope
 
+    def source_ended(self) -> bool:
+        """Whether there is nothing left to make another chunk of; never without a source video."""
+        return self.materials.source is not None and self.materials.source.ended
+
     def next_chunk(self) -> Next:
         """What phase A of the next chunk will be, decided from the timeline alone."""
         event = self.timeline.at(self.chunk_index + 1) or Event(self.chunk_index + 1)
@@ -135,7 +139,7 @@ class Stage0:
     def _plan(self, chunk_index: int, *, init_cache: bool, new_prompt: bool) -> ChunkPlan:
         schedule, geometry = self.config.schedule, self.config.geometry
         do_kv_recompute = self.control.recompute and self.current_start_frame > 0
-        steps = schedule.denoising_step_list
+        steps = self.config.steps
         return ChunkPlan(
             chunk_index=chunk_index,
             cache_epoch=self.cache_epoch,
@@ -153,6 +157,7 @@ class Stage0:
             num_denoise_steps=len(steps),
             expected_calls=expected_generator_calls(do_kv_recompute, len(steps), schedule.clean_pass),
             base_seed=schedule.base_seed,
+            noise_scale=self.config.noise_scale,
             clean_pass=schedule.clean_pass,
         )
 

@@ -109,7 +109,7 @@ class Stage1:
         weight = next(self.dit.parameters())
         x_BFCHW = weight.new_zeros(1, frames, dims.in_dim, *self.config.latent_hw)
         conditioning_BLD = weight.new_zeros(1, dims.text_len, dims.text_dim)
-        timestep_F = torch.full((frames,), self.config.schedule.denoising_step_list[0], device=weight.device)
+        timestep_F = torch.full((frames,), self.config.steps[0], device=weight.device)
         for _ in range(2):  # the second call has its text cache: it shows what a call of the steady state costs
             before = self.mesh.ledger.count
             self.dit(x_BFCHW, timestep_F, conditioning_BLD, kv=self.kv, cross=self.cross, start_frame=0)

@@ -45,7 +45,7 @@ from engine.log import Level, Log, log_path
 from engine.meshleader import MeshLeader
 from engine.model.attention import resolve_backend
 from engine.model.loader import build_generator
-from engine.plan import PP_PLANS, V1
+from engine.plan import PP_PLANS, V0, V1, V11A
 from engine.rank import RankContext
 from engine.report import RankReport, age_s, rss_bytes
 from engine.stage1 import Stage1
@@ -103,7 +103,7 @@ class Worker:
         if stage1 is not None:
             replicated = {"weights.replicated": str(report.generator["replicated_fingerprint"])}
             peers = groups.mesh if self.topology.pp else groups.world
-            parity.check(peers, shapes | replicated, "shapes, effective backends or weights")
+            parity.check(peers, shapes | replicated | self._source(materials), "shapes, effective backends or weights")
             stage1.check_baselines()
         report.times["load_s"] = age_s()
 
@@ -179,6 +179,13 @@ class Worker:
             lead(self.context, link, stage1, materials)
         else:
             follow(self.context, link, stage1, materials)
+
+    def _source(self, materials: Materials | None) -> dict[str, str]:
+        """Where every rank reads the source video itself (v0, v1.1a), all must read the same."""
+        alone = self.config.plan.tp_plan not in (V0, V11A)
+        if alone or materials is None or materials.source_sha256 is None:
+            return {}
+        return {"source.sha256": materials.source_sha256}
 
     def _effective(self) -> dict[str, str]:
         """What `auto` became; the same on every rank, whether it holds a generator or not."""

@@ -10,8 +10,8 @@ import difflib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -104,6 +104,10 @@ class Given:
 
     config: Path | None
     sets: list[str] | None
+
+    def also(self, overrides: Mapping[str, str]) -> Given:
+        """With values that options of a command's own set, by dotted key."""
+        return replace(self, sets=[*(self.sets or ()), *(f"{key}={value}" for key, value in overrides.items())])
 
     def resolve(self) -> Loaded:
         """The configuration of this invocation.

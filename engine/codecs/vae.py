@@ -86,6 +86,8 @@ class StreamingVAE:
         """A hard cut: the next latent is the first of a stream."""
         self._features: list[Any] = [None] * self._decoder_slots
         self._decoded_latents = 0
+        self._seen_features: list[Any] = [None] * self._encoder_slots
+        self._encoded_latents = 0
 
     @property
     def decoded_latents(self) -> int:
@@ -122,24 +124,37 @@ class StreamingVAE:
             raise CodecError(f"encode_frame takes one frame, got {tuple(pixels_B1CHW.shape)}", code="TP-5013")
         return self.encode(pixels_B1CHW)
 
-    @torch.no_grad()
     def encode(self, pixels_BTCHW: Tensor) -> Tensor:
         """Encode a whole clip of 1 + 4n frames in [-1, 1] to 1 + n normalised latents [B, 1+n, C, H/8, W/8]."""
+        return self._encode(pixels_BTCHW, [None] * self._encoder_slots, first=True)
+
+    def encode_next(self, pixels_BTCHW: Tensor) -> Tensor:
+        """Encode the next frames of the stream of a source: F latents of 4F frames (4F - 3 at its start).
+
+        The bits do not depend on how the stream is cut into calls. `encode` and `encode_frame` leave it alone.
+        """
+        latents_BFCHW = self._encode(pixels_BTCHW, self._seen_features, first=self._encoded_latents == 0)
+        self._encoded_latents += latents_BFCHW.shape[1]
+        return latents_BFCHW
+
+    @torch.no_grad()
+    def _encode(self, pixels_BTCHW: Tensor, features: list[Any], *, first: bool) -> Tensor:
         if self._encoder is None or self._quant_conv is None:
             raise CodecError("this VAE was loaded without its encoder", code="TP-5014")
         self._check(pixels_BTCHW, 3, "pixels")
-        count = pixels_BTCHW.shape[1]
-        if (count - 1) % VAE_TEMPORAL or pixels_BTCHW.shape[3] % VAE_SPATIAL or pixels_BTCHW.shape[4] % VAE_SPATIAL:
+        count, alone = pixels_BTCHW.shape[1], int(first)
+        if (count - alone) % VAE_TEMPORAL or pixels_BTCHW.shape[3] % VAE_SPATIAL or pixels_BTCHW.shape[4] % VAE_SPATIAL:
             raise CodecError(
-                f"the VAE encodes 1 + 4n frames with sides that are multiples of {VAE_SPATIAL}, "
+                f"the VAE encodes {'1 + ' * alone}4n frames with sides that are multiples of {VAE_SPATIAL}, "
                 f"got {tuple(pixels_BTCHW.shape)}",
                 code="TP-5013",
             )
         x_BCTHW = pixels_BTCHW.to(device=self.device, dtype=self.dtype).transpose(1, 2).contiguous()
-        features: list[Any] = [None] * self._encoder_slots
         encoded = [
             self._encoder(part_BCTHW, feat_cache=features, feat_idx=[0])
-            for part_BCTHW in torch.tensor_split(x_BCTHW, tuple(range(1, count, VAE_TEMPORAL)), dim=2)
+            for part_BCTHW in torch.tensor_split(
+                x_BCTHW, tuple(range(1 if first else VAE_TEMPORAL, count, VAE_TEMPORAL)), dim=2
+            )
         ]
         moments_BCFHW = self._quant_conv(torch.cat(encoded, dim=2))
         mean_BCFHW = moments_BCFHW.chunk(2, dim=1)[0]

@@ -16,7 +16,7 @@ from engine.blackbox import BlackBox
 from engine.comm.pair import Pair, Posted
 from engine.comm.transport import INLINE_BYTES, Received
 from engine.errors import PreflightError
-from engine.wire.dialect import PP
+from engine.wire.dialect import PP, Dialect
 from engine.wire.envelope import Envelope, Shapes
 from engine.wire.frame import (
     PayloadBuffer,
@@ -39,6 +39,7 @@ from engine.wire.header import (
     Header,
     Limits,
     LinkState,
+    Schema,
     parse_header,
 )
 from engine.wire.meta import peer_error
@@ -66,7 +67,9 @@ class _End:
         tp_plan: str,
         blackbox: BlackBox | None = None,
         pin: bool = False,
+        wire: Dialect = PP,
     ) -> None:
+        self.wire = wire
         self.pair = pair
         self.limits = limits
         self.shapes = shapes
@@ -78,6 +81,10 @@ class _End:
 
     def next_call_id(self) -> int:
         return self.state.last_call_id + 1
+
+    def _schemas(self) -> dict[Schema, int]:
+        """What the leader takes, with the version of the envelope that this job speaks."""
+        return {**LEADER_SCHEMAS, Schema.PP_ENVELOPE: self.wire.version}
 
     def commit(self, action: str, ids: dict[str, int]) -> None:
         if self._blackbox is not None:
@@ -106,7 +113,7 @@ class Stage0End(_End):
             shapes=self.shapes,
             limits=self.limits,
             buffer=buffer,
-            wire=PP,
+            wire=self.wire,
         )
 
     def post(self, frame: PreparedFrame) -> None:
@@ -202,7 +209,7 @@ class LeaderEnd(_End):
             self._drop(start)
             return None
         header = parse_header(
-            start[:HEADER_BYTES], self.state, self.limits, accept=LEADER_ACCEPT, schemas=LEADER_SCHEMAS
+            start[:HEADER_BYTES], self.state, self.limits, accept=LEADER_ACCEPT, schemas=self._schemas()
         )
         self.gate.ids = header.ids()
         self.commit(f"recv {header.action.name}", self.gate.ids)
@@ -210,7 +217,7 @@ class LeaderEnd(_End):
         envelope = None
         if header.action is Action.INFER:
             # Judged before room is made for the payload.
-            specs = check_specs(header, meta, shapes=self.shapes, tp_plan=self.tp_plan, link=self.state, wire=PP)
+            specs = check_specs(header, meta, shapes=self.shapes, tp_plan=self.tp_plan, link=self.state, wire=self.wire)
             payload = self._receive(self.buffer.view(header.payload_bytes))
             envelope = rebuild(
                 header,
@@ -220,7 +227,7 @@ class LeaderEnd(_End):
                 tp_plan=self.tp_plan,
                 link=self.state,
                 specs=specs,
-                wire=PP,
+                wire=self.wire,
             )
         self.state.advance(header)
         self._last_infer = start[:HEADER_BYTES] if header.action is Action.INFER else b""
@@ -244,7 +251,7 @@ class LeaderEnd(_End):
         self.pair.up.exchange_all(messages(frame))
 
     def _drop(self, start: bytes) -> None:
-        header = parse_header(start[:HEADER_BYTES], _Answers(), self.limits, schemas=LEADER_SCHEMAS)
+        header = parse_header(start[:HEADER_BYTES], _Answers(), self.limits, schemas=self._schemas())
         _meta(header, start, self._receive)
         self._receive(torch.empty(header.payload_bytes, dtype=torch.uint8))
         self.repeats += 1

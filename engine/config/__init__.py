@@ -5,7 +5,14 @@ from engine.config.job import EngineConfig, dotted_keys, from_dict
 from engine.config.launcher import RankEnv
 from engine.config.model import PATCH, PRESETS, VAE_SPATIAL, VAE_TEMPORAL, ModelDims, valid_degrees
 from engine.config.rules import CHOICES, SINK_KINDS
-from engine.config.sections import DrillConfig, GeometryConfig, LivenessConfig, PipelineConfig, SinkConfig
+from engine.config.sections import (
+    DrillConfig,
+    GeometryConfig,
+    LivenessConfig,
+    PipelineConfig,
+    SinkConfig,
+    SourceConfig,
+)
 from engine.config.values import parse_text
 
 __all__ = [
@@ -24,6 +31,7 @@ __all__ = [
     "PipelineConfig",
     "RankEnv",
     "SinkConfig",
+    "SourceConfig",
     "dotted_keys",
     "from_dict",
     "load",

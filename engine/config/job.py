@@ -24,11 +24,12 @@ from engine.config.sections import (
     RunConfig,
     ScheduleConfig,
     SinkConfig,
+    SourceConfig,
     TripwireConfig,
 )
 from engine.config.values import convert, unknown
 from engine.errors import ConfigError
-from engine.plan import PP_PLANS, canonical_plan
+from engine.plan import PP_PLANS, canonical_plan, steps_within
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class EngineConfig:
     liveness: LivenessConfig = field(default_factory=LivenessConfig)
     tripwires: TripwireConfig = field(default_factory=TripwireConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    source: SourceConfig = field(default_factory=SourceConfig)
     sink: SinkConfig = field(default_factory=SinkConfig)
     log: LogConfig = field(default_factory=LogConfig)
     drill: DrillConfig = field(default_factory=DrillConfig)
@@ -70,6 +72,16 @@ class EngineConfig:
         if not self.schedule.recompute:
             return "R1"
         return "R0a" if self.schedule.anchor == "reencode" else "R0"
+
+    @property
+    def noise_scale(self) -> float | None:
+        """Of video-to-video; None where there is no source video."""
+        return self.source.noise_scale if self.source.video else None
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The denoise steps of every chunk: of video-to-video those that begin no noisier than its latents are."""
+        return steps_within(self.schedule.denoising_step_list, self.noise_scale)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Nested plain data, ready for TOML or JSON."""

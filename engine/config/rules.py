@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 
 from engine.config.model import CELL, PRESETS, ModelDims, valid_degrees
-from engine.config.sections import DrillConfig
+from engine.config.sections import DrillConfig, SinkConfig
 from engine.errors import ConfigError, GeometryError
-from engine.plan import ALIASES, PLANS, PP0
+from engine.plan import ALIASES, PLANS, PP0, TIMESTEPS
 
 if typing.TYPE_CHECKING:
     from engine.config.job import EngineConfig
@@ -24,9 +25,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "plan.tp_plan": PLANS,
     "pipeline.cut": ("discard", "finish"),
     "log.level": ("debug", "info", "warning", "error"),
+    "source.on_end": ("stop", "loop", "hold"),
+    "sink.on_slow": ("block", "drop-oldest", "fail"),
+    "sink.no_reader": ("discard", "wait", "fail"),
 }
 LEAST_LOG_BYTES = 16 << 10  # room for the longest line, and for more than one of them
-SINK_KINDS = ("mp4", "sheet", "raw", "null")
+SINK_KINDS = ("mp4", "sheet", "raw", "segments", "preview", "pipe", "null")
 
 
 def validate(config: EngineConfig) -> None:
@@ -55,8 +59,8 @@ def validate(config: EngineConfig) -> None:
             code="TP-1010",
             next_step="tpctl config check --set run.record_latents=false",
         )
-    if config.sink.fps < 1:
-        raise ConfigError(f"sink.fps must be at least 1, is {config.sink.fps}", code="TP-1010")
+    _check_sink(config.sink)
+    _check_source(config)
     _check_pipeline(config)
     live = config.liveness
     if live.watchdog_s < 3 * live.heartbeat_s:
@@ -106,6 +110,29 @@ def _check_choices(config: EngineConfig) -> None:
     for kind in config.sink.kinds:
         if kind not in SINK_KINDS:
             raise ConfigError(f"sink.kinds has {kind!r}; known: {', '.join(SINK_KINDS)}", code="TP-1007")
+
+
+def _check_sink(sink: SinkConfig) -> None:
+    for name in ("fps", "queue_chunks"):
+        if getattr(sink, name) < 1:
+            raise ConfigError(f"sink.{name} must be at least 1, is {getattr(sink, name)}", code="TP-1010")
+    for name in ("segment_s", "keep_segments"):
+        if not 0 <= getattr(sink, name) < math.inf:
+            raise ConfigError(f"sink.{name} must be 0 or more, is {getattr(sink, name)}", code="TP-1010")
+
+
+def _check_source(config: EngineConfig) -> None:
+    source = config.source
+    if not 0 < source.noise_scale <= 1:
+        raise ConfigError(f"source.noise_scale must be in (0, 1], is {source.noise_scale}", code="TP-5150")
+    if source.video and not config.steps:
+        least = min(config.schedule.denoising_step_list)
+        raise ConfigError(
+            f"source.noise_scale is {source.noise_scale}, but the least noisy step of schedule.denoising_step_list is "
+            f"{least}: no step begins there or below",
+            code="TP-5150",
+            next_step=f"tpctl config check --set source.noise_scale={least / TIMESTEPS:g}",
+        )
 
 
 def _check_pipeline(config: EngineConfig) -> None:

@@ -119,12 +119,38 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """Video-to-video: the file `video` (empty: none), of which `noise_scale` is made noise: 1 leaves nothing of it.
+
+    Frames are taken one by one, whatever the file's own rate. `on_end`: `stop` the stream, begin again (`loop`), or
+    `hold` the last frame.
+    """
+
+    video: str = ""
+    noise_scale: float = 0.7
+    on_end: str = "stop"
+
+
+@dataclass(frozen=True)
 class SinkConfig:
-    """`kinds`, any of mp4, sheet, raw, null; the files are written into `directory`."""
+    """`kinds`, any of mp4, sheet, raw, segments, preview, pipe, null; the files are written into `directory`.
+
+    At most `queue_chunks` finished chunks wait for the sinks. `on_slow` says what happens to one more: the stream waits
+    for them (`block`), the oldest that waits is dropped and counted (`drop-oldest`), or the job drains and ends with an
+    error (`fail`).
+
+    `segments`: one for each chunk, or at least `segment_s` seconds long; the newest `keep_segments` stay (0: all).
+    `pipe`: frames for which there is no reader go nowhere (`discard`), wait for one (`wait`), or end the job (`fail`).
+    """
 
     kinds: tuple[str, ...] = ("mp4", "sheet")
     directory: str = ""
     fps: int = 16
+    on_slow: str = "block"
+    queue_chunks: int = 2
+    segment_s: float = 0.0
+    keep_segments: int = 0
+    no_reader: str = "discard"
 
 
 @dataclass(frozen=True)

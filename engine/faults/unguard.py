@@ -172,8 +172,8 @@ def _no_staging(rank: int) -> None:
     """Files are written under their final names, and stay there when the disk refuses."""
 
     def make(init: Method) -> Method:
-        def altered(file: Any, final: Any) -> None:
-            init(file, final)
+        def altered(file: Any, final: Any, **named: Any) -> None:
+            init(file, final, **named)
             os.replace(file.path, final)
             file.path = final
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.config import SinkConfig
 from engine.errors import SinkError
+from engine.sinks.pipe import PipeSink
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +31,7 @@ class Sink(Protocol):
 
 
 class SinkSet:
-    """All sinks of a run, written and ended together.
+    """All sinks of a run, written and ended together. `current` is the one that is being written or finished.
 
     Args:
         sinks: kind to sink, in the order of the configuration.
@@ -42,6 +43,7 @@ class SinkSet:
         self._hw = (height, width)
         self._last_chunk: int | None = None
         self._open = True
+        self.current: str | None = None
 
     def write(self, pixels_THWC: np.ndarray, chunk_index: int, prompt: str) -> None:
         """Give one chunk to every sink. If one of them fails, all are aborted and the error is raised.
@@ -51,12 +53,14 @@ class SinkSet:
         """
         try:
             self._check(pixels_THWC, chunk_index)
-            for sink in self._sinks.values():
+            for kind, sink in self._sinks.items():
+                self.current = kind
                 sink.write(pixels_THWC, chunk_index, prompt)
         except BaseException:
             self.abort()
             raise
         self._last_chunk = chunk_index
+        self.current = None
 
     def close(self) -> dict[str, str]:
         """Finish every sink; kind to path of each file made. Calling it again returns nothing.
@@ -72,6 +76,7 @@ class SinkSet:
         paths: dict[str, str] = {}
         failure: SinkError | None = None
         for kind, sink in self._sinks.items():
+            self.current = kind
             try:
                 path = sink.close()
             except SinkError as error:
@@ -79,6 +84,7 @@ class SinkSet:
             else:
                 if path is not None:
                     paths[kind] = str(path)
+        self.current = None
         if failure is not None:
             failure.evidence["kept"] = paths
             raise failure
@@ -89,6 +95,16 @@ class SinkSet:
         self._open = False
         for sink in self._sinks.values():
             sink.abort()
+
+    def interrupt(self) -> None:
+        """From any thread: a sink that waits for somebody outside waits no longer."""
+        for sink in self._sinks.values():
+            if isinstance(sink, PipeSink):
+                sink.interrupt()
+
+    def facts(self) -> dict[str, Any]:
+        """What the sinks say of themselves, by kind."""
+        return {kind: sink.facts() for kind, sink in self._sinks.items() if isinstance(sink, PipeSink)}
 
     def _check(self, pixels_THWC: np.ndarray, chunk_index: int) -> None:
         if not self._open:
@@ -118,13 +134,27 @@ def open_sinks(config: SinkConfig, directory: Path, *, height: int, width: int) 
     """
     from engine.sinks.mp4 import Mp4Sink
     from engine.sinks.null import NullSink
+    from engine.sinks.preview import PreviewSink
     from engine.sinks.raw import RawSink
+    from engine.sinks.segments import SegmentsSink
     from engine.sinks.sheet import SheetSink
 
+    size = {"height": height, "width": width}
     makers: dict[str, Callable[[], Sink]] = {
-        "mp4": lambda: Mp4Sink(directory / "video.mp4", height=height, width=width, fps=config.fps),
-        "sheet": lambda: SheetSink(directory / "sheet.png", height=height, width=width),
+        "mp4": lambda: Mp4Sink(directory / "video.mp4", **size, fps=config.fps),
+        "sheet": lambda: SheetSink(directory / "sheet.png", **size),
         "raw": lambda: RawSink(directory / "frames.safetensors", fps=config.fps),
+        "segments": lambda: SegmentsSink(
+            directory / "segments", **size, fps=config.fps, segment_s=config.segment_s, keep=config.keep_segments
+        ),
+        "preview": lambda: PreviewSink(directory / "preview.png"),
+        "pipe": lambda: PipeSink(
+            directory / "frames.rgb",
+            directory / "pipe.json",
+            **size,
+            fps=config.fps,
+            no_reader=config.no_reader,
+        ),
         "null": NullSink,
     }
     sinks: dict[str, Sink] = {}

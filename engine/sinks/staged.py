@@ -41,12 +41,13 @@ class Staged:
 
     Args:
         final: the name that the file gets in `commit`. Its directory must exist.
+        probe: find out now whether there is room for a header.
 
     Raises:
         SinkError: the directory cannot be written, has no room for a header, or a directory stands at `final`.
     """
 
-    def __init__(self, final: Path) -> None:
+    def __init__(self, final: Path, *, probe: bool = True) -> None:
         self.final = final
         self.path = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
         self._error: OSError | None = None
@@ -55,10 +56,11 @@ class Staged:
             raise disk_error(IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)), final)
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            self.write(bytes(PROBE_BYTES))
-            os.fsync(self._fd)
-            os.ftruncate(self._fd, 0)
-            self.seek(0)
+            if probe:
+                self.write(bytes(PROBE_BYTES))
+                os.fsync(self._fd)
+                os.ftruncate(self._fd, 0)
+                self.seek(0)
         except OSError as error:
             self.discard()
             raise disk_error(error, final) from error
@@ -119,3 +121,11 @@ class Staged:
             self._fd = -1
             with contextlib.suppress(OSError):  # the directory may be gone; the file then is too
                 self.path.unlink()
+
+
+def replace_file(final: Path, data: bytes) -> Path:
+    """`data` under the name `final`, in one step for whoever reads it. Raises SinkError, and leaves what was there."""
+    staged = Staged(final, probe=False)
+    with staged.guard():
+        staged.write(data)
+    return staged.commit()

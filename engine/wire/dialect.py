@@ -14,6 +14,7 @@ from engine.wire.header import Schema
 
 TP_ENVELOPE_VERSION = 1
 PP_ENVELOPE_VERSION = 1
+PP_V2V_ENVELOPE_VERSION = 2  # as version 1, and noise_scale may be a number
 
 LATENTS = "latents"
 RENOISE = "renoise"
@@ -45,7 +46,7 @@ META_NAMES = (
     Name("num_denoise_steps", "tp_num_denoise_steps", "num_denoise_steps", "int"),
     Name("expected_calls", "tp_expected_generator_calls", "expected_generator_calls", "int"),
     Name("base_seed", "base_seed", "base_seed", "int"),
-    Name("noise_scale", "noise_scale", "noise_scale", "null"),
+    Name("noise_scale", "noise_scale", "noise_scale", "share"),
     Name("clean_pass", "tp_clean_pass", "clean_pass", "bool"),
 )
 TENSOR_NAMES: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -73,18 +74,20 @@ class Dialect:
     version: int
     plan_key: str | None
     constants: Mapping[str, bool]
+    v2v: bool
     meta: Mapping[str, str]
     tensor: Mapping[str, str]
     kinds: Mapping[str, str]
 
     @classmethod
-    def of(cls, column: str, schema: Schema, version: int, constants: Mapping[str, bool]) -> Dialect:
+    def of(cls, column: str, schema: Schema, version: int, constants: Mapping[str, bool], *, v2v: bool) -> Dialect:
         return cls(
             schema=schema,
             version_key=f"{column}_envelope_version",
             version=version,
             plan_key="tp_plan" if column == "tp" else None,
             constants=MappingProxyType(dict(constants)),
+            v2v=v2v,
             meta=MappingProxyType({name.attribute: getattr(name, column) for name in META_NAMES}),
             tensor=MappingProxyType({memory: names[column == "pp"] for memory, names in TENSOR_NAMES.items()}),
             kinds=MappingProxyType({getattr(name, column): name.kind for name in META_NAMES}),
@@ -96,6 +99,13 @@ class Dialect:
         return self.tensor[CONTEXT]
 
 
-TP = Dialect.of("tp", Schema.TP_ENVELOPE, TP_ENVELOPE_VERSION, {})
-# Video-to-video and VACE have no contract between the two parties yet: the sender says so, or is refused.
-PP = Dialect.of("pp", Schema.PP_ENVELOPE, PP_ENVELOPE_VERSION, {DISABLE_VACE: True})
+TP = Dialect.of("tp", Schema.TP_ENVELOPE, TP_ENVELOPE_VERSION, {}, v2v=True)
+# VACE has no contract between the two pp parties yet: the sender says so, or is refused. Video-to-video has one in a
+# version of its own, so that a party of version 1 refuses it by version, and a stream without it is as it always was.
+PP = Dialect.of("pp", Schema.PP_ENVELOPE, PP_ENVELOPE_VERSION, {DISABLE_VACE: True}, v2v=False)
+PP_V2V = Dialect.of("pp", Schema.PP_ENVELOPE, PP_V2V_ENVELOPE_VERSION, {DISABLE_VACE: True}, v2v=True)
+
+
+def pp_wire(noise_scale: float | None) -> Dialect:
+    """What both ends of the pp link speak in a job, by its configuration: one version for all of the job."""
+    return PP if noise_scale is None else PP_V2V

@@ -47,6 +47,7 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = MappingProxyType(
         "bool": ((bool,), "true or false"),
         "number": ((int, float), "a number"),
         "null": ((type(None),), "null"),
+        "share": ((int, float, type(None)), "a number in (0, 1], or null"),
         "text": ((str,), "text"),
     }
 )
@@ -173,8 +174,8 @@ def meta_problem(meta: Mapping[str, Any], tp_plan: str, shapes: Shapes, wire: Di
     for key, value in wire.constants.items():
         if meta.get(key) is not value:
             return Problem(key, f"must be {str(value).lower()}, is {meta.get(key, 'missing')!r}", "31")
-    if meta.get(wire.meta["noise_scale"]) is not None:
-        return Problem("noise_scale", "video-to-video is not supported, so it must be null", "30")
+    if not wire.v2v and meta.get(wire.meta["noise_scale"]) is not None:
+        return Problem("noise_scale", f"version {wire.version} has no video-to-video, so it must be null", "30")
     kinds = dict(wire.kinds)
     if tp_plan in CARRIES_PROMPT:
         kinds["prompt"] = "text"
@@ -189,6 +190,9 @@ def meta_problem(meta: Mapping[str, Any], tp_plan: str, shapes: Shapes, wire: Di
         types, wanted = _KINDS[kind]
         if type(meta[key]) not in types:
             return Problem(key, f"must be {wanted}, is {meta[key]!r}", "22")
+    scale = meta[wire.meta["noise_scale"]]
+    if scale is not None and not 0 < scale <= 1:
+        return Problem("noise_scale", f"must be in (0, 1], is {scale}", "30")
     extra = sorted(meta.keys() - kinds.keys() - wire.constants.keys() - {wire.plan_key, wire.version_key})
     if extra:
         if extra == [wire.nullable] and CONTEXT in CARRIES[tp_plan]:

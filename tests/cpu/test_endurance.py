@@ -101,12 +101,13 @@ def judged(job: Job, config: EngineConfig) -> Health:
 
 @pytest.mark.slow
 def test_an_idle_stream_and_a_slow_sink_end_nobody(weights_cache: Path, tmp_path: Path) -> None:
-    """Rank 0 prepares its first chunk, then writes another, for 5 watchdogs each: heartbeats fill the time.
+    """Rank 0 prepares its first chunk, then a sink writes another, for 5 watchdogs each: heartbeats fill the time.
 
-    Meanwhile the job counts as starved, and what the mesh waits for is named.
+    Meanwhile the job counts as starved, and what the mesh waits for is named. Chunk 2 waits in the queue for chunk 1 to
+    be written, and chunk 3 for a place in the queue, before chunk 4 goes out.
     """
     entry = slow_at(PREPARE, SINK)
-    config = make_config(weights_cache)
+    config = make_config(weights_cache, run__chunks=5, sink__queue_chunks=1)
     with (
         referee(tmp_path / "run") as beside,
         start_ranks(tmp_path / "run", config, entry=entry) as job,
@@ -121,13 +122,13 @@ def test_an_idle_stream_and_a_slow_sink_end_nobody(weights_cache: Path, tmp_path
         assert beside.leave() == 0
     assert "waited in phase A" in outcome.stderr[0]
     assert "waited in the sink" in outcome.stderr[0]
-    assert outcome.reports[0]["account"] == {"accepted": 3, "emitted": 3, "dropped": 0, "abandoned": 0}
+    assert outcome.reports[0]["account"] == {"accepted": 5, "emitted": 5, "dropped": 0, "abandoned": 0}
     calls = [chunk["call_id"] for chunk in outcome.reports[1]["chunks"]]
     # Most of the beats that fit into each wait were sent, and each took a call id.
     enough = WAIT_S / HEARTBEAT_S / 4
     assert calls[0] > enough
-    assert calls[2] - calls[1] > enough
-    assert calls[1] - calls[0] < enough
+    assert calls[4] - calls[3] > enough
+    assert calls[3] - calls[0] < 3 * enough
     assert beside.record is None
 
 

@@ -165,10 +165,19 @@ def test_a_truth_value_is_true_or_false(value):
         send(make(V1, reset_kv_cache=value))
 
 
-def test_video_to_video_has_its_own_refusal():
-    with pytest.raises(PreflightError) as caught:
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1.5, True, "0.5"])
+def test_a_noise_scale_is_a_share(scale):
+    with pytest.raises(PreflightError, match="noise_scale") as caught:
+        send(make(V1, noise_scale=scale))
+    assert caught.value.evidence["field"] == "noise_scale"
+
+
+def test_video_to_video_travels_and_its_steps_begin_no_noisier_than_its_latents():
+    sent = make(V1, noise_scale=1)
+    frame = send(sent)
+    assert receive(frame.header_bytes, frame.meta, frame.payload).plan == sent.plan
+    with pytest.raises(PreflightError, match="begin noisier than noise_scale"):
         send(make(V1, noise_scale=0.5))
-    assert (caught.value.code, caught.value.evidence["field"]) == ("TP-2130", "noise_scale")
 
 
 @pytest.mark.parametrize("off", [-1, 1])
@@ -206,7 +215,8 @@ def altered(drop=(), specs=None, **envelope):
         ({"current_start_frame": 1 << 40, "tp_num_denoise_steps": 1 << 40}, "tp_num_denoise_steps"),
         ({"init_cache": 0}, "init_cache"),
         ({"init_cache": True}, "cache_epoch"),
-        ({"noise_scale": 0.5}, "noise_scale"),
+        ({"noise_scale": 1.5}, "noise_scale"),
+        ({"noise_scale": 0.5}, "plan"),
         ({"video": None}, "video"),
         ({"prompt": "a fox"}, "prompt"),
         ({"tp_do_kv_recompute": False}, "context_frames_override"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.errors import FrameError, PreflightError
 from engine.plan import PP0, PP1
-from engine.wire.dialect import META_NAMES, PP, TENSOR_NAMES, TP
+from engine.wire.dialect import META_NAMES, PP, PP_V2V, TENSOR_NAMES, TP, Dialect, pp_wire
 from engine.wire.envelope import Envelope, Shapes, envelope_meta
 from engine.wire.frame import (
     PayloadBuffer,
@@ -48,15 +48,17 @@ GOOD = Result(
 BAD = Result.failed(GOOD.ids(), 0, "TP-6001", "no lück")
 
 
-def send(envelope: Envelope) -> PreparedFrame:
+def send(envelope: Envelope, wire: Dialect = PP) -> PreparedFrame:
     buffer = PayloadBuffer()
-    return prepare(envelope, call_id=7, link=link(), shapes=SHAPES, limits=Limits(), buffer=buffer, wire=PP)
+    return prepare(envelope, call_id=7, link=link(), shapes=SHAPES, limits=Limits(), buffer=buffer, wire=wire)
 
 
-def receive(header_bytes: bytes, meta: bytes, payload: torch.Tensor | None, tp_plan: str = PP1) -> Envelope:
+def receive(
+    header_bytes: bytes, meta: bytes, payload: torch.Tensor | None, tp_plan: str = PP1, wire: Dialect = PP
+) -> Envelope:
     state = link()
-    header = parse_header(header_bytes, state, Limits(), **DOWN)
-    return rebuild(header, parse_meta(header, meta), payload, shapes=SHAPES, tp_plan=tp_plan, link=state, wire=PP)
+    header = parse_header(header_bytes, state, Limits(), **DOWN | {"schemas": {Schema.PP_ENVELOPE: wire.version}})
+    return rebuild(header, parse_meta(header, meta), payload, shapes=SHAPES, tp_plan=tp_plan, link=state, wire=wire)
 
 
 def answer(result: Result) -> PreparedFrame:
@@ -249,9 +251,29 @@ def test_results_of_any_size_round_trip(frames, channels, side, dtype):
     assert torch.equal(back.latents_out_BFCHW, latents_BFCHW)
 
 
+V2V = dataclasses.replace(make(PP1), plan=dataclasses.replace(make(PP1).plan, noise_scale=1.0))
+
+
+def test_video_to_video_has_a_version_of_its_own():
+    frame = send(V2V, PP_V2V)
+    assert receive(frame.header_bytes, frame.meta, frame.payload, wire=PP_V2V).plan == V2V.plan
+    assert json.loads(frame.meta)["envelope"]["pp_envelope_version"] == 2
+    for sent, spoken in ((send(V2V, PP_V2V), PP), (send(make(PP1)), PP_V2V)):  # neither party takes the other's
+        with pytest.raises(FrameError) as caught:
+            receive(sent.header_bytes, sent.meta, sent.payload, wire=spoken)
+        assert caught.value.field == "schema_version"
+    for scale in (0.0, 1.5, True, "1"):
+        wrong = altered(send(V2V, PP_V2V), "envelope", noise_scale=scale)
+        with pytest.raises(FrameError) as caught:
+            receive(*wrong, wire=PP_V2V)
+        assert caught.value.field == "noise_scale"
+    assert (pp_wire(None), pp_wire(0.7)) == (PP, PP_V2V)
+
+
 GOLDEN = Path(__file__).parent / "golden" / "pp"
 FRAMES = {
     "infer": send(make(PP1)),
+    "infer_v2_video_to_video": send(V2V, PP_V2V),
     "infer_no_recompute_one_step": send(make(PP1, steps=(1000,), recompute=False)),
     "result": answer(GOOD),
     "result_error": answer(BAD),
@@ -260,7 +282,7 @@ FRAMES = {
 
 @pytest.mark.parametrize("name", sorted(FRAMES))
 def test_golden_bytes(name):
-    """What these frames must be for ever under version 1."""
+    """What these frames must be for ever under their versions."""
     frame = FRAMES[name]
     payload = b"" if frame.payload is None else bytes(frame.payload.tolist())
     assert frame.header_bytes + frame.meta + payload == (GOLDEN / f"{name}.bin").read_bytes()

@@ -32,7 +32,7 @@ ROOMS = (
     ("comm",),
     ("referee",),
     # `assets` makes tiny weights with the modules of model and codecs, and the loader asks it for them.
-    ("model", "codecs", "sinks", "tripwires", "seeded", "assets", "recorder", "sampling", "evidence"),
+    ("model", "codecs", "sinks", "sources", "tripwires", "seeded", "assets", "recorder", "sampling", "evidence"),
     ("overlap", "streams", "watchdog", "drain", "materials"),
     ("stage0", "stage1"),
     ("rank", "record"),

@@ -30,7 +30,8 @@ NOTES: dict[str, str] = {
     "drill": "A fault to plant. For drills only (tpctl drill): leave `id` empty.",
     "run": "How much to make, and of what.",
     "log": "Each rank's log: the least level, the size of a file, how many are kept.",
-    "sink": f"kinds: any of {', '.join(SINK_KINDS)}.",
+    "source": "Video-to-video: a file, how much of it becomes noise (0 to 1), and what follows its last frame.",
+    "sink": f"kinds: any of {', '.join(SINK_KINDS)}. on_slow: what happens when more than queue_chunks chunks wait.",
 }
 
 

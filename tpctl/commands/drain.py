@@ -144,8 +144,11 @@ def finish(out: Output, schema: str, receipt: Receipt, wanted: str = "drained") 
         words.append(f"  {receipt.why}")
     if receipt.account is not None:
         words.append("  chunks: " + ", ".join(f"{count} {fate}" for fate, count in receipt.account.items()))
+    if receipt.drops and any(receipt.drops.values()):
+        words.append("  dropped: " + ", ".join(f"{count} {reason}" for reason, count in receipt.drops.items()))
     words += [_phase_line(phase) for phase in receipt.phases]
     words += [f"  blocked by {Blocker(**blocker)}" for blocker in receipt.blockers]
+    words += [f"  held up by {receipt.held_up_by}"] if receipt.held_up_by else []
     words += [f"  left behind: {what}" for what in receipt.leftovers]
     step = f"tpctl status {receipt.job}"
     finding = Finding("job.ending", verdict, words[0], receipt.ending, next=step)
@@ -171,6 +174,6 @@ def judge(receipt: Receipt, wanted: str = "drained") -> tuple[ExitCode, Verdict]
         return ExitCode.CHECK_FAILED, Verdict.FAIL
     if receipt.ending == "aborted" and wanted == "drained":
         return ExitCode.DEADLINE, Verdict.FAIL
-    if receipt.abandoned_chunks:
+    if receipt.abandoned_chunks or (receipt.drops or {}).get("slow_sink"):
         return ExitCode.DRAINED_WITH_LOSS, Verdict.WARN
     return ExitCode.PASS, Verdict.PASS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,9 +26,16 @@ class Restart(StrEnum):
     on_failure = "on-failure"
 
 
+class OnSlowSink(StrEnum):
+    block = "block"
+    drop_oldest = "drop-oldest"
+    fail = "fail"
+
+
 @options.command(
     app,
     epilog="Examples: tpctl up --name preview | tpctl up --name night --restart on-failure --set plan.tp=2 | "
+    "tpctl up --source VIDEO --noise-scale 0.7 | tpctl up --set sink.kinds=segments,pipe --on-slow-sink drop-oldest | "
     "tpctl up --name clip --chunks 8 --foreground | tpctl up --name live --metrics-port 0 | tpctl up --dry-run | "
     "tpctl up --name two --nnodes 2 --node-rank 1 --rdzv HOST:29400 --set plan.tp=2",
 )
@@ -40,6 +48,15 @@ def up(
     ] = False,
     chunks: Annotated[
         int | None, typer.Option("--chunks", min=0, help="How many chunks; 0, or nothing said: until drained.")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--source", help="Video-to-video: the file to work on.", metavar="FILE")
+    ] = None,
+    noise_scale: Annotated[
+        float | None, typer.Option("--noise-scale", help="With a source: how much of it becomes noise, in (0, 1].")
+    ] = None,
+    on_slow_sink: Annotated[
+        OnSlowSink | None, typer.Option("--on-slow-sink", help="A sink slower than the stream; block if not given.")
     ] = None,
     restart: Annotated[Restart, typer.Option("--restart", help="Start again after a failure, with back-off.")] = (
         Restart.no
@@ -67,7 +84,8 @@ def up(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be started, and start nothing.")] = False,
 ) -> None:
     """Start a job. It runs on after this command, until it is drained, aborted or has made its chunks."""
-    loaded = given.resolve()
+    said = {"source.video": source, "source.noise_scale": noise_scale, "sink.on_slow": on_slow_sink}
+    loaded = given.also({key: str(value) for key, value in said.items() if value is not None}).resolve()
     cfg = start.unbounded(loaded.config, loaded.origins["run.chunks"], chunks)
     hosts = Hosts(nnodes, node_rank, rdzv)
     hosts.check(name, cfg.world_size, restart is not Restart.no)

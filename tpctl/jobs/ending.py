@@ -41,7 +41,8 @@ class Receipt:
 
     A chunk without a fate is `in_flight` until the job is over, and abandoned then.
     `balanced` holds accepted = emitted + dropped + abandoned in rank 0's own report, and that its black box counted
-    the same; None where no rank 0 ever opened an account.
+    the same; None where no rank 0 ever opened an account. `drops` has the dropped ones by reason, and `held_up_by`
+    what kept rank 0 when it had to leave; None where it was killed, and could not say.
     """
 
     job: str
@@ -53,10 +54,12 @@ class Receipt:
     wall_s: float
     phases: list[dict[str, Any]]
     account: dict[str, int] | None
+    drops: dict[str, int] | None
     balanced: bool | None
     abandoned_chunks: list[int]
     exit_codes: dict[str, int]
     blockers: list[dict[str, Any]]
+    held_up_by: str | None
     leftovers: list[str]
     taken_back: bool = False
     dry_run: bool = False
@@ -151,7 +154,8 @@ def receipt(job: JobDir, order: Order | None, seen: Seen) -> Receipt:
     record, over = seen.record, seen.over
     reports = read_reports(seen.run_dir) if seen.run_dir else {}
     account, balanced = _account(reports.get(0), seen)
-    phases, abandoned = _phases(reports.get(0), order, seen), (account or {}).get("abandoned", 0)
+    phases = _phases(reports.get(0), order, seen)
+    abandoned = _abandoned(reports.get(0), account) if over else []
     if account is not None and not over:
         account = {**account, "in_flight": account["abandoned"]}
         del account["abandoned"]
@@ -169,10 +173,12 @@ def receipt(job: JobDir, order: Order | None, seen: Seen) -> Receipt:
         wall_s=phases[-1]["t_s"] if over and phases else order.age_s() if order else 0.0,
         phases=phases,
         account=account,
+        drops=(reports.get(0) or {}).get("drops"),
         balanced=balanced,
-        abandoned_chunks=list(range(account["accepted"] - abandoned, account["accepted"])) if account and over else [],
+        abandoned_chunks=abandoned,
         exit_codes={str(rank): code for rank, code in exit_codes(seen.run_dir).items()} if seen.run_dir else {},
         blockers=[] if over or back else [one.to_dict() for one in blockers(seen.ranks, seen.now_ns)],
+        held_up_by=(((reports.get(0) or {}).get("error") or {}).get("evidence") or {}).get("blocked_by"),
         leftovers=leftovers(job, seen) if over else [],
         taken_back=back,
     )
@@ -206,6 +212,14 @@ def _account(report: dict[str, Any] | None, seen: Seen) -> tuple[dict[str, int] 
         return counted, counted["abandoned"] >= 0
     balanced = own["accepted"] == own["emitted"] + own["dropped"] + own["abandoned"]
     return own, balanced and own == counted
+
+
+def _abandoned(report: dict[str, Any] | None, account: dict[str, int] | None) -> list[int]:
+    """Which chunks: as rank 0 said, or the newest that it had accepted when it was killed."""
+    if account is None:
+        return []
+    said: list[int] | None = (report or {}).get("abandoned_chunks")
+    return said if said is not None else list(range(account["accepted"] - account["abandoned"], account["accepted"]))
 
 
 def _phases(report: dict[str, Any] | None, order: Order | None, seen: Seen) -> list[dict[str, Any]]:

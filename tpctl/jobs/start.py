@@ -29,7 +29,7 @@ from tpctl.remains import tail
 # How long a supervisor may take to say that it has the job: it loads no heavy library.
 READY_S = 30.0
 ALONE = Hosts()
-PATHS = ("model.checkpoint", "model.text_encoder", "model.vae", "model.cache_dir", "sink.directory")
+PATHS = ("model.checkpoint", "model.text_encoder", "model.vae", "model.cache_dir", "source.video", "sink.directory")
 
 
 def claim(name: str | None, tp_plan: str, yes: bool) -> tuple[JobDir, int]:
@@ -103,6 +103,13 @@ def freeze(
     """
     import tomli_w
 
+    if config.source.video and not Path(config.source.video).is_file():
+        raise ConfigError(
+            f"there is no file {config.source.video}",
+            code="TP-5152",
+            where="source.video",
+            next_step=f"ls -l {Path(config.source.video).parent}",
+        )
     data = config.to_dict()
     for dotted in PATHS:
         section, key = dotted.split(".")
