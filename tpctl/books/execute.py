@@ -97,12 +97,12 @@ class Commands:
         root = Path(str(data["run_dir"])).resolve()
         self.given = {name: str(root / case) for name, case in CASES.items()} | self.given
 
-    def batch(self, commands: Iterable[str], timeout_s: float) -> None:
+    def batch(self, commands: Iterable[str], timeout_s: float, run_dir: Path) -> None:
         """Answer many `tpctl drill ID -o json` by one run of all their drills: torch is loaded once."""
         names = {match[1]: line for line in commands if (match := ONE_DRILL.fullmatch(line)) and line not in self.done}
         if len(names) < 2:
             return
-        together = f"tpctl drill {' '.join(names)} -o json"
+        together = f"tpctl drill {' '.join(names)} --run-dir {shlex.quote(str(run_dir))} -o json"
         ran = self.run(together, timeout_s)
         for name, line in names.items():
             self.done[line] = narrowed(ran, name, line)

@@ -129,7 +129,6 @@ def walk(
 ) -> Walked:
     """Every item in its order, within the checklist's budget; what does not get its turn is UNCHECKED."""
     started, end = now(), time.monotonic() + checklist.budget_s
-    commands.batch([item.command for item in checklist.items], checklist.budget_s)
     answers = []
     for item in checklist.items:
         if before is not None:
@@ -164,9 +163,10 @@ def _answer(item: Item, commands: Commands, left_s: float) -> Answer:
         return Answer(item, Verdict.UNKNOWN, describe(error.to_record())[0])
 
 
-def prepare(checklists: Sequence[Checklist], commands: Commands, timeout_s: float) -> None:
-    """Run once, before all of them, what several checklists share."""
-    commands.batch([item.command for one in checklists for item in one.items], timeout_s)
+def prepare(checklists: Sequence[Checklist], commands: Commands, run_dir: Path) -> None:
+    """Run once, before all of them and outside of their budgets, the drills that they name."""
+    budget_s = sum(one.budget_s for one in checklists)
+    commands.batch([item.command for one in checklists for item in one.items], budget_s, run_dir)
 
 
 def now() -> str:

@@ -117,9 +117,8 @@ def run(
     given = {name: str(path.resolve()) for name, path in (("run", run), ("pp", pp)) if path is not None}
     directory = new_run_dir(record or Path("runs") / datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ-checklist"))
     commands = Commands(given)
-    if len(chosen) > 1:
-        out.say("running once what several checklists share")
-        prepare(chosen, commands, sum(one.budget_s for one in chosen))
+    out.say("running the drills that these items name, once for all")
+    prepare(chosen, commands, directory / "drills")
     walks, rows = [], []
     for one in chosen:
         walked = _walk(out, one, commands, by_hand and one.mode is Mode.do_confirm)

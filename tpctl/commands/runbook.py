@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tpctl import options
+from tpctl.books.cause import Causes
 from tpctl.books.execute import Commands
 from tpctl.books.perform import Done, perform
 from tpctl.books.place import BookError
@@ -157,11 +158,16 @@ def _tell(out: Output, done: Done) -> None:
 def rehearse(
     out: Output,
     ids: Annotated[list[str] | None, typer.Argument(help="Runbooks and cards; none: all.", metavar="ID")] = None,
+    drills: Annotated[
+        Path | None,
+        typer.Option("--drills", help="Take what 'tpctl drill' left here; run what is missing.", metavar="DIR"),
+    ] = None,
 ) -> None:
     """Rehearse runbooks: cause each failure with its drill, run every block of the page, check its links."""
     books = [load(name) for name in ids or all_ids()]
     with tempfile.TemporaryDirectory(prefix="tpctl-", ignore_cleanup_errors=True) as root:
-        rehearsal = Rehearsal(Path(root), lambda done: out.say(f"{done.verdict}  {done.runbook}  {done.block.name}"))
+        causes = Causes(Path(root), drills.resolve() if drills else None)
+        rehearsal = Rehearsal(causes, lambda done: out.say(f"{done.verdict}  {done.runbook}  {done.block.name}"))
         done = rehearsal.run(books)
     verdict = worst(result.verdict for result in done)
     _finish(out, "tpctl.runbook-test", {"runbooks": [one.id for one in books]}, done, verdict)
