@@ -55,9 +55,13 @@ class Ran:
 
 @dataclass
 class Commands:
-    """`given` are placeholders that the caller knows. `environment` is added to this process's own."""
+    """`given` are placeholders that the caller knows; `makes` says whether to make a run where none is given.
+
+    `environment` is added to this process's own.
+    """
 
     given: dict[str, str] = field(default_factory=dict)
+    makes: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     cwd: Path | None = None
     done: dict[str, Ran] = field(default_factory=dict)
@@ -79,7 +83,7 @@ class Commands:
     def fill(self, command: str, timeout_s: float) -> str:
         """The command with every placeholder replaced."""
         for name in sorted(set(PLACEHOLDER.findall(command))):
-            if name not in self.given and name in CASES:
+            if self.makes and name not in self.given and name in CASES:
                 self._bring_up(timeout_s)
             if name not in self.given:
                 raise BookError(

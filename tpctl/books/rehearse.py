@@ -51,7 +51,7 @@ class Rehearsal:
         results = [done for one in books for done in static(one)]
         for done in results:
             self.after(done)
-        house = Commands(environment={"TPCTL_STATE_DIR": str(self.root / "state")})
+        house = Commands({}, environment={"TPCTL_STATE_DIR": str(self.root / "state")})
         sets = " ".join(f"--set {pair}" for pair in SMALL)
         try:
             results += [self._step(house, "start", f"tpctl up --name {JOB} {sets}", START_S)]
@@ -60,7 +60,7 @@ class Rehearsal:
             healthy = self.root / "state" / "jobs" / JOB / "attempts" / "1"
             for one in books:
                 run_dir = self.causes.run_dir(one.drill) if one.drill else healthy
-                commands = Commands({"job": JOB, "run": str(run_dir)}, house.environment)
+                commands = Commands({"job": JOB, "run": str(run_dir)}, environment=house.environment)
                 for block in one.blocks:
                     if run_dir is None and "{run}" in block.command:
                         words = f"drill {one.drill} cannot cause it on this machine"

@@ -23,7 +23,7 @@ SECTIONS = ("Meaning", "Impact", "Diagnosis", "Mitigation", "Verification", "Esc
 CARD_SECTIONS = ("What holds", "What goes wrong", "Here", "Sources")
 CARDS = "cards/"
 ANY = tuple(range(256))
-LINK = re.compile(r"tpctl (runbook|checklist) (?:show|run) ([a-z0-9/-]+)")
+LINK = re.compile(r"tpctl (runbook|checklist) (?:show|run) ([a-z0-9][a-z0-9/-]*)")
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 KEYS = {"failure_modes", "codes", "drill"}
 

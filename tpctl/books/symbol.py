@@ -44,7 +44,7 @@ def resolve(symbol: str) -> Place:
         raise BookError(f"'{symbol}': there is no module {module}", code="TP-8112", next_step="tpctl crosswalk")
     nodes: Iterable[ast.stmt] = _tree(file).body
     line = 1
-    for part in name.split("."):
+    for part in name.split(".") if name else ():
         found = next((node for node in nodes if part in _names(node)), None)
         if found is None:
             raise BookError(f"'{symbol}': {module} has no '{part}'", code="TP-8112", next_step="tpctl crosswalk")

@@ -116,7 +116,7 @@ def run(
         )
     given = {name: str(path.resolve()) for name, path in (("run", run), ("pp", pp)) if path is not None}
     directory = new_run_dir(record or Path("runs") / datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ-checklist"))
-    commands = Commands(given)
+    commands = Commands(given, makes=True)
     out.say("running the drills that these items name, once for all")
     prepare(chosen, commands, directory / "drills")
     walks, rows = [], []
@@ -200,7 +200,10 @@ def _explain(walks: list[Walked], rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, *(f"record: {row['record']}  sha256 {row['sha256']}" for row in rows)]
 
 
-@options.command(app, epilog="Examples: tpctl checklist verify runs/X/p0.toml | tpctl checklist verify --help")
+@options.command(
+    app,
+    epilog="Examples: tpctl checklist verify runs/X/p0.toml | tpctl checklist verify runs/X/p0.toml --sha256 DIGEST",
+)
 def verify(
     out: Output,
     path: Annotated[Path, typer.Argument(help="A record that 'tpctl checklist run' wrote.", metavar="RECORD")],

@@ -15,7 +15,9 @@ from tpctl.errors import MatrixError
 TP_EVERYWHERE = 4
 # The four break-it tests of the crosswalk: anti-stranding, call-count mismatch, flag mismatch, stale epoch. One of
 # them is also run with its guard off, to see the hang that the guard prevents.
-STANDARD_NAME, STANDARD, STANDARD_PROOF = "standard", ("OM-01", "OM-03", "OM-05", "OM-09"), "OM-05"
+STANDARD_NAME = "standard"
+STANDARD = ("OM-01", "OM-03", "OM-05", "OM-09")
+STANDARD_PROOF = "OM-05"
 
 
 @dataclass(frozen=True)
