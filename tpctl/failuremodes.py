@@ -53,8 +53,11 @@ FAILURE_MODES: dict[str, FailureMode] = {
 
 @dataclass(frozen=True)
 class CodeGroup:
+    """`first`: the code's page stands before the one of the failure mode, which is wider."""
+
     fm: str | None
     runbook: str | None
+    first: bool = False
 
 
 # By prefix of an error's code.
@@ -65,7 +68,7 @@ CODES: dict[str, CodeGroup] = {
     "TP-2209": CodeGroup("FM-10", "kv-digest-mismatch"),
     "TP-22": CodeGroup(None, "wire-upgrade"),
     "TP-3001": CodeGroup(None, "rank-lost"),
-    "TP-32": CodeGroup(None, "hang-at-start"),
+    "TP-32": CodeGroup(None, "hang-at-start", first=True),
     "TP-3301": CodeGroup(None, "parity-mismatch"),
     "TP-40": CodeGroup(None, "hang-at-start"),
     "TP-51": CodeGroup(None, "sink-full"),
@@ -101,8 +104,8 @@ def words_of(fm: str | None) -> str | None:
 
 def runbook_id(fm: str | None, code: object = None) -> str | None:
     """The runbook to open, whether this checkout has it or not."""
-    known = FAILURE_MODES.get(fm) if fm else None
-    return known.runbook if known else of_code(code).runbook
+    known, group = FAILURE_MODES.get(fm) if fm else None, of_code(code)
+    return known.runbook if known and not group.first else group.runbook
 
 
 def has_runbook(name: str) -> bool:

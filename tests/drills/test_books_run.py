@@ -87,7 +87,11 @@ def base(weights_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Engin
 @pytest.fixture(scope="module")
 def unguarded(base: EngineConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Result]]:
     """Each drill that an item names and looks at, or compares with, run with its guard off."""
-    names = {item.drill for _, item in ITEMS if item.drill in DRILLS and "{" not in item.command}
+    names = {
+        item.drill
+        for _, item in ITEMS
+        if item.drill in DRILLS and (item.argv[1] == "kv-audit" or "{" not in item.command)
+    }
     # Longest first: a hang is a hang after the runner's own deadline.
     ordered = sorted(names, key=lambda name: (DRILLS[name].proof != "hang", name))
     root = tmp_path_factory.mktemp("unguarded")
@@ -144,7 +148,9 @@ def test_its_drill_turns_an_item_red(
     elif item.command == BRINGUP:
         ran = planted_case(item, done, unguarded)
     elif "{" in item.command:
-        broken = str(done.drills / item.drill)
+        # The digest stops a job before its records part: what an audit finds later is seen with the digest off.
+        audit = item.argv[1] == "kv-audit"
+        broken = str(unguarded[item.drill].seen.run_dir if audit else done.drills / item.drill)
         assert Path(broken).is_dir(), "the drill whose run is judged must be one that the checklists run"
         ran = Commands({"run": broken, "pp": broken}, environment=done.environment).run(item.command, COMMAND_S)
     else:

@@ -218,7 +218,7 @@ def test_a_page_links_to_what_exists(name: str) -> None:
     for block in one.blocks:
         words = shlex.split(block.command)
         assert words[0] != "tpctl" or words[1] in MODULES, block
-        assert set(re.findall(r"\{(\w+)\}", block.command)) <= {"job", "run"}
+        assert set(re.findall(r"\{(\w+)\}", block.command)) <= {"job", "run", "config"}
 
 
 @pytest.mark.parametrize(

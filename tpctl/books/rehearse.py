@@ -12,11 +12,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from engine.config import load
 from tpctl.books.cause import ALONE, Causes
 from tpctl.books.checklist import load_all as all_checklists
-from tpctl.books.execute import Commands
+from tpctl.books.execute import PLACEHOLDER, Commands
 from tpctl.books.expect import Expect
 from tpctl.books.perform import BLOCK_S, Done, judge
 from tpctl.books.place import RUNBOOKS, BookError
@@ -24,6 +25,7 @@ from tpctl.books.runbook import Block, Runbook, all_ids, dead_links
 from tpctl.drill import table
 from tpctl.exitcodes import ExitCode
 from tpctl.failuremodes import FAILURE_MODES, runbook_id
+from tpctl.kvreplay import config_path
 from tpctl.verdict import Verdict
 
 JOB = "rehearsal"
@@ -57,12 +59,12 @@ class Rehearsal:
             results += [self._step(house, "start", f"tpctl up --name {JOB} {sets}", START_S)]
             results += self._cause(house, books)
             results += [self._step(house, "running", f"tpctl wait {JOB} --for running --timeout 120", START_S)]
-            healthy = self.root / "state" / "jobs" / JOB / "attempts" / "1"
+            healthy = Path(self._data(house, f"tpctl status {JOB} -o json")["run_dir"])
             for one in books:
                 run_dir = self.causes.run_dir(one.drill) if one.drill else healthy
-                commands = Commands({"job": JOB, "run": str(run_dir)}, environment=house.environment)
+                commands = Commands(given(JOB, run_dir), environment=house.environment)
                 for block in one.blocks:
-                    if run_dir is None and "{run}" in block.command:
+                    if run_dir is None and {"run", "config"} & set(PLACEHOLDER.findall(block.command)):
                         words = f"drill {one.drill} cannot cause it on this machine"
                         results.append(Done(one.id, block, Verdict.SKIP, words))
                     else:
@@ -77,6 +79,14 @@ class Rehearsal:
         done = judge(HOUSE, block, commands.run(line, timeout_s), as_json=False)
         self.after(done)
         return done
+
+    def _data(self, commands: Commands, line: str) -> dict[str, Any]:
+        """What a command that has to work answers. Raises BookError: it did not."""
+        ran = commands.run(line, BLOCK_S)
+        if ran.document is None:
+            raise BookError(f"'{line}' gave no answer: {ran.stderr[-500:]}", code="TP-8115", next_step=line)
+        data: dict[str, Any] = ran.document["data"]
+        return data
 
     def _cause(self, commands: Commands, books: Sequence[Runbook]) -> list[Done]:
         """Cause what these pages are about, unless it was caused before."""
@@ -97,6 +107,16 @@ class Rehearsal:
         if any(one.drill == ALONE for one in books):
             self.causes.alone(load([], environ=os.environ).config)
         return steps
+
+
+def given(job: str | None, run_dir: Path | None) -> dict[str, str]:
+    """What the placeholders of a block stand for."""
+    values = {} if job is None else {"job": job}
+    if run_dir is not None:
+        values["run"] = str(run_dir)
+        if (path := config_path(run_dir)).is_file():
+            values["config"] = str(path)
+    return values
 
 
 def rehearse(one: Runbook, block: Block, commands: Commands) -> Done:

@@ -8,6 +8,7 @@ The first fence of a page is TOML: which failure modes and error codes lead here
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import tomllib
@@ -30,7 +31,7 @@ KEYS = {"failure_modes", "codes", "drill"}
 
 @dataclass(frozen=True)
 class Block:
-    """`command` may hold {job} and {run}."""
+    """`command` may hold {job}, {run}, and {config}: the configuration file of that run."""
 
     name: str
     section: str
@@ -167,7 +168,15 @@ def _block(page: str, section: str, info: str, content: str) -> Block:
         raise _wrong(page, f"{where} holds {len(lines)} commands; blocks are run one at a time, one command each")
     if words := [word for word in shlex.split(lines[0]) if word in ("|", ">", ">>", "<", "&&", "||", ";", "&")]:
         raise _wrong(page, f"{where} needs a shell for '{words[0]}', and there is none")
-    return Block(name, section, " ".join(lines[0].split()), changes, Expect(exits, path or None, value or None))
+    return Block(name, section, " ".join(lines[0].split()), changes, Expect(exits, path or None, _value(value)))
+
+
+def _value(word: str) -> Any:
+    """A number or a truth value as JSON writes it; anything else is text."""
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word
 
 
 def _wrong(name: str, what: str) -> BookError:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tpctl import options
+from tpctl import complete, options
 from tpctl.books import record as records
 from tpctl.books.checklist import Checklist, Item, Mode, load, load_all, page
 from tpctl.books.execute import Commands
@@ -52,7 +52,10 @@ def list_checklists(out: Output) -> None:
 
 
 @options.command(app, epilog="Examples: tpctl checklist show p0 | tpctl checklist show deadlocks -o json")
-def show(out: Output, name: Annotated[str, typer.Argument(help="The checklist.", metavar="ID")]) -> None:
+def show(
+    out: Output,
+    name: Annotated[str, typer.Argument(help="The checklist.", metavar="ID", autocompletion=complete.checklists)],
+) -> None:
     """Show one checklist, on one page."""
     one = load(name)
     data = {
@@ -91,7 +94,10 @@ def show(out: Output, name: Annotated[str, typer.Argument(help="The checklist.",
 )
 def run(
     out: Output,
-    ids: Annotated[list[str] | None, typer.Argument(help="The checklists to run.", metavar="ID")] = None,
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(help="The checklists to run.", metavar="ID", autocompletion=complete.checklists),
+    ] = None,
     run_all: Annotated[bool, typer.Option("--all", help="All of them; what several share is run once.")] = False,
     run: Annotated[
         Path | None, typer.Option("--run", help="Judge this run directory, not a small bring-up's.", metavar="DIR")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tpctl import options
+from tpctl import complete, options
 from tpctl.books.crosswalk import SECTIONS, Row, load
 from tpctl.books.place import pick
 from tpctl.output import Envelope, Format, Output
@@ -25,7 +25,12 @@ WIDTH = 80
 def crosswalk(
     out: Output,
     section: Annotated[
-        str | None, typer.Argument(help=f"One of: {', '.join(SECTIONS)}. None: all.", metavar="SECTION")
+        str | None,
+        typer.Argument(
+            help=f"One of: {', '.join(SECTIONS)}. None: all.",
+            metavar="SECTION",
+            autocompletion=complete.crosswalk_sections,
+        ),
     ] = None,
 ) -> None:
     """Map each question of the v1.1 review to code, checklist, drill and command. Lines are looked up now."""

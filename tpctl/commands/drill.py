@@ -34,7 +34,9 @@ def drill(
     given: options.Given,
     ids: Annotated[
         list[str] | None,
-        typer.Argument(help="Drills; OM-21: all its variants; standard: the four. None: all.", autocompletion=complete.drills),
+        typer.Argument(
+            help="Drills; OM-21: all its variants; standard: the four. None: all.", autocompletion=complete.drills
+        ),
     ] = None,
     without_guard: Annotated[
         bool, typer.Option("--without-guard", help="The proof run: the guard is off, and the drill must fail.")

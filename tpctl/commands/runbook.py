@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from tpctl import options
+from tpctl import complete, options
 from tpctl.books.cause import Causes
 from tpctl.books.execute import Commands
 from tpctl.books.perform import Done, perform
 from tpctl.books.place import BookError
-from tpctl.books.rehearse import Rehearsal
+from tpctl.books.rehearse import Rehearsal, given
 from tpctl.books.runbook import Block, Runbook, all_ids, load, load_all
 from tpctl.exitcodes import for_verdict
 from tpctl.jobs import place
@@ -25,7 +25,9 @@ from tpctl.verdict import Coverage, Finding, Verdict, worst
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, no_args_is_help=True, help="On-call runbooks: every block runs."
 )
-NameArgument = Annotated[str, typer.Argument(help="The runbook or card.", metavar="ID")]
+NameArgument = Annotated[
+    str, typer.Argument(help="The runbook or card.", metavar="ID", autocompletion=complete.runbooks)
+]
 
 
 @options.command(app, "list", epilog="Examples: tpctl runbook list | tpctl runbook list -o json")
@@ -138,14 +140,9 @@ def _choose(one: Runbook, sections: list[str], names: list[str]) -> list[Block]:
 
 
 def _given(job: str | None, run: Path | None) -> dict[str, str]:
-    given = {}
-    if job is not None:
-        given["job"] = job
-        if run is None and (last := look(place.find(job)).seen.run_dir) is not None:
-            given["run"] = str(last)
-    if run is not None:
-        given["run"] = str(run.resolve())
-    return given
+    if job is not None and run is None:
+        run = look(place.find(job)).seen.run_dir
+    return given(job, run.resolve() if run is not None else None)
 
 
 def _tell(out: Output, done: Done) -> None:
@@ -157,7 +154,10 @@ def _tell(out: Output, done: Done) -> None:
 @options.command(app, "test", epilog="Examples: tpctl runbook test | tpctl runbook test rank-lost -o json")
 def rehearse(
     out: Output,
-    ids: Annotated[list[str] | None, typer.Argument(help="Runbooks and cards; none: all.", metavar="ID")] = None,
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(help="Runbooks and cards; none: all.", metavar="ID", autocompletion=complete.runbooks),
+    ] = None,
     drills: Annotated[
         Path | None,
         typer.Option("--drills", help="Take what 'tpctl drill' left here; run what is missing.", metavar="DIR"),
