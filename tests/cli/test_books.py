@@ -17,9 +17,11 @@ import pytest
 
 from tests.cli.conftest import validated
 from tpctl.books import checklist
+from tpctl.books.crosswalk import load
 from tpctl.books.execute import Commands, execute
 from tpctl.books.place import BookError
 from tpctl.books.walk import keep, walk
+from tpctl.drill import table
 from tpctl.verdict import Verdict
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +78,15 @@ def test_names_that_do_not_exist_are_usage_errors(cli):
         assert wrong.exit_code == 2, args
         assert "TP-810" in wrong.stderr
     assert cli("runbook", "run", "rank-lost", "--section", "Nothing").exit_code == 2
+
+
+def test_the_standard_drills_are_the_four_of_the_crosswalk(cli):
+    rows = validated(cli("drill", "standard", "--list", "-o", "json").stdout)["data"]["drills"]
+    named = {row["id"].split(".")[0] for row in rows}
+    assert (
+        named == set(table.STANDARD) == {drill for row in load() if row.section == "break-it" for drill in row.drills}
+    )
+    assert table.STANDARD_PROOF in [row["id"] for row in rows if row["proof"] == "hang"]
 
 
 def test_a_person_is_asked_or_says_yes_before(cli):

@@ -196,7 +196,7 @@ def _explain(walks: list[Walked], rows: list[dict[str, Any]]) -> list[str]:
         for answer in walked.answers:
             if answer.verdict is not Verdict.PASS:
                 lines += [
-                    f"{walked.checklist.id}: {answer.item.text}",
+                    f"{walked.checklist.id}: {answer.item.text} {answer.item.why}",
                     f"  {answer.message}",
                     f"  $ {answer.item.command}",
                 ]
