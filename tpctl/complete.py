@@ -1,4 +1,4 @@
-"""What a shell completes: the ids of jobs, cases, drills and schemas. Each reads what it needs when it is asked."""
+"""What a shell completes: the ids of jobs, cases, drills, schemas and books. Each reads what it needs when asked."""
 
 from __future__ import annotations
 
@@ -27,6 +27,24 @@ def schemas(incomplete: str) -> list[str]:
     from tpctl.commands.schema import names
 
     return _begin(names(), incomplete)
+
+
+def checklists(incomplete: str) -> list[str]:
+    from tpctl.books.place import CHECKLISTS, ids
+
+    return _begin(ids(CHECKLISTS, ".toml"), incomplete)
+
+
+def runbooks(incomplete: str) -> list[str]:
+    from tpctl.books.runbook import all_ids
+
+    return _begin(all_ids(), incomplete)
+
+
+def crosswalk_sections(incomplete: str) -> list[str]:
+    from tpctl.books.crosswalk import SECTIONS
+
+    return _begin(SECTIONS, incomplete)
 
 
 def config_keys(incomplete: str) -> list[str]:

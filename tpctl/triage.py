@@ -17,7 +17,7 @@ from engine.referee.judge import TOLD, Kind, odd_ones
 from engine.referee.judge import judge as judge_snapshot
 from engine.referee.snapshot import Snapshot
 from tpctl.evidence import RankSeen, Seen
-from tpctl.failuremodes import fm_of, runbook_id, words_of
+from tpctl.failuremodes import LINK_LOST, fm_of, runbook_id, words_of
 from tpctl.rewind import error_code, held_on, snapshot, standing, waited
 from tpctl.verdict import Coverage, Verdict
 
@@ -50,6 +50,8 @@ class Triage:
 
     @property
     def runbook(self) -> str | None:
+        if self.kind == Kind.LOST and self.source == "referee" and not self.triggers:
+            return LINK_LOST  # nobody is proved dead: the link, or the host behind it
         return runbook_id(self.fm, self.code)
 
     @property

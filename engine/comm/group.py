@@ -225,7 +225,7 @@ class Group:
                     "rank": self.rank,
                     "op": op,
                 },
-                next_step="tpctl runbook show wrong-group",
+                next_step="tpctl runbook show hang-mid-stream",
             )
         key = (op, tensor.shape, tensor.dtype)
         call = self._calls.get(key)

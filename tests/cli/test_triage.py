@@ -79,7 +79,7 @@ def test_the_killed_rank_is_named_and_its_peer_is_a_victim(cli, killed: Path) ->
     result = cli("triage", str(killed), "-o", "json")
     (run,) = validated(result.stdout)["data"]["runs"]
     assert result.exit_code == 3
-    assert (run["triggers"], run["victims"], run["fm"], run["runbook"]) == ([1], [0], "FM-40", "peer-lost")
+    assert (run["triggers"], run["victims"], run["fm"], run["runbook"]) == ([1], [0], "FM-40", "rank-lost")
     assert [row["role"] for row in run["ranks"]] == ["victim", "trigger"]
     assert run["ranks"][1]["site"].startswith("engine/")
     assert run["ranks"][0]["exit_code"] == 74

@@ -27,14 +27,16 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @options.command(
     app,
     epilog="Examples: tpctl drill --list | tpctl drill OM-11 | tpctl drill OM-21 OM-25 -o json | "
-    "tpctl drill OM-12 --without-guard",
+    "tpctl drill OM-12 --without-guard | tpctl drill standard",
 )
 def drill(
     out: Output,
     given: options.Given,
     ids: Annotated[
         list[str] | None,
-        typer.Argument(help="Drills; OM-21 takes all its variants. None: all.", autocompletion=complete.drills),
+        typer.Argument(
+            help="Drills; OM-21: all its variants; standard: the four. None: all.", autocompletion=complete.drills
+        ),
     ] = None,
     without_guard: Annotated[
         bool, typer.Option("--without-guard", help="The proof run: the guard is off, and the drill must fail.")
@@ -59,6 +61,10 @@ def drill(
         for item in chosen:
             results.append(runner.run(item, without_guard=without_guard))
             out.say(f"{results[-1].verdict}  {item.id}  {item.title}")
+        if table.STANDARD_NAME in (ids or ()) and not without_guard:
+            proof = next(item for item in chosen if item.id == table.STANDARD_PROOF)
+            results.append(DrillRunner(nursery, base, directory / "proof").run(proof, without_guard=True))
+            out.say(f"{results[-1].verdict}  {proof.id}  without its guard: {results[-1].facts.get('ended_by')}")
     envelope = envelope_of(results, directory, without_guard)
     (directory / "result.json").write_text(to_json(envelope.to_dict(), indent=2) + "\n", encoding="utf-8")
     out.emit(envelope, [table_of(results, without_guard)], explain(results, envelope))
@@ -89,6 +95,8 @@ def table_of(results: list[Result], without_guard: bool) -> Table:
     rows = []
     for result in results:
         row = result.to_dict()
+        if row["ended_by"] and not without_guard:
+            row["blame"] = f"no guard: {row['ended_by']}"
         row["exit_codes"] = " ".join(f"{rank}:{code}" for rank, code in row["exit_codes"].items())
         rows.append(row)
     columns = [

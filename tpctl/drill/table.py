@@ -13,6 +13,11 @@ from engine.plan import PP_PLANS, V1, canonical_plan
 from tpctl.errors import MatrixError
 
 TP_EVERYWHERE = 4
+# The four break-it tests of the crosswalk: anti-stranding, call-count mismatch, flag mismatch, stale epoch. One of
+# them is also run with its guard off, to see the hang that the guard prevents.
+STANDARD_NAME = "standard"
+STANDARD = ("OM-01", "OM-03", "OM-05", "OM-09")
+STANDARD_PROOF = "OM-05"
 
 
 @dataclass(frozen=True)
@@ -111,13 +116,13 @@ def _frozen(value: Any) -> Any:
 
 
 def select(drills: Sequence[Drill], wanted: Sequence[str]) -> tuple[Drill, ...]:
-    """Drills by id; `OM-21` stands for all of its variants. No ids: all.
+    """Drills by id; `OM-21` stands for all of its variants, `standard` for the four standard ones. No ids: all.
 
     Raises:
         MatrixError: an id that no drill has.
     """
     chosen: dict[str, Drill] = {}
-    for name in wanted:
+    for name in [one for given in wanted for one in (STANDARD if given == STANDARD_NAME else (given,))]:
         found = {drill.id: drill for drill in drills if drill.id == name or drill.id.startswith(name + ".")}
         if not found:
             near = difflib.get_close_matches(name, [drill.id for drill in drills], n=1)
