@@ -214,6 +214,8 @@ class Comms:
         with self._link.gate.owned():
             try:
                 self._serve()
+            except CommError as error:
+                self._fail(self._last_word(error))
             except BaseException as error:  # noqa: BLE001 - latched here, raised by Stage 0's next call
                 self._fail(error)
         for name in (A_RESULT, "the heartbeat", "the farewell"):
@@ -242,6 +244,19 @@ class Comms:
             else:
                 self._beat()
             beat_at = time.monotonic() + self._live.heartbeat_s
+
+    def _last_word(self, lost: CommError) -> EngineError:
+        """A leader that refuses a frame in its middle answers and leaves: its answer says more than the lost link."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._arrived is not None, self._live.heartbeat_s)
+            arrived = self._arrived
+        if isinstance(arrived, EngineError) or arrived is None:
+            return lost
+        try:
+            self._take_in(arrived)
+        except EngineError as said:
+            return said
+        return lost
 
     def _may_send(self) -> bool:
         """A place in `d_out` is kept for every answer: none is sent while results wait in all of them."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 STUCK_S = 1.0  # a wait for a sink that is told
 JOIN_S = 5.0  # for a sink to notice that it is to end
+FLUSH_S = 0.2  # peers wait to be told, so not longer
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,12 @@ class SinkWriter:
         return self._lost
 
     def abort(self) -> None:
-        """Write nothing more; leave no file that is not whole. What waits is lost, and so is a sink that hangs."""
+        """Leave no file that is not whole. What was handed over may still be written, for a moment; then it is lost, and
+        so is a sink that hangs."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._aborting or self._failure is not None or not (self._queue or self._now), FLUSH_S
+            )
         self.freeze()
         self._sinks.interrupt()
         self._thread.join(JOIN_S)
@@ -187,6 +193,7 @@ class SinkWriter:
                     if not self._aborting:
                         self._now = None
                         self._written(chunk.chunk_index)
+                        self._changed.notify_all()
             if not self._aborting:
                 self._now = (-1, time.monotonic())
                 self._outputs = self._sinks.close()

@@ -180,6 +180,7 @@ def test_a_runbook_runs_block_by_block_and_changes_nothing_unasked(cli, monkeypa
     assert rows["keys"]["verdict"] == "UNCHECKED"  # nobody said which run
     assert rows["again"]["verdict"] == "UNCHECKED"
     assert done.exit_code == 5
+    (tmp_path / "config.toml").write_text("")
     changing = cli("runbook", "run", "drift", "--block", "cut", "--run", str(tmp_path), "-q", "-o", "json")
     assert validated(changing.stdout)["data"]["blocks"][0]["verdict"] == "UNCHECKED"
 

@@ -15,7 +15,7 @@ from engine.config import EngineConfig
 from engine.errors import SinkError
 from engine.faults.acts import put, reseal
 from engine.faults.scene import Method, wrap
-from engine.sinks.null import NullSink
+from engine.recorder import Recorder
 from engine.stage0 import Stage0
 from engine.stage1 import MeshResult, Stage1
 from engine.wire.envelope import Envelope
@@ -39,19 +39,6 @@ def blind_to_geometry() -> None:
         return observed
 
     wrap(parity, "launch_observation", make)
-
-
-def plan_v2v() -> None:
-    """Stage 0 plans a chunk from video."""
-
-    def make(plan: Method) -> Method:
-        def planned(stage0: Stage0, chunk_index: int, **how: Any) -> Any:
-            made = plan(stage0, chunk_index, **how)
-            return dataclasses.replace(made, noise_scale=0.7) if chunk_index == AT_CHUNK else made
-
-        return planned
-
-    wrap(Stage0, "_plan", make)
 
 
 def add_vace_frames() -> None:
@@ -120,8 +107,8 @@ def never_answer() -> None:
     wrap(Stage1, "step", make)
 
 
-def fail_to_write() -> None:
-    """A sink that fails while the chunk after is under way."""
+def fail_to_record() -> None:
+    """Stage 0's own loop fails while the chunk after is under way."""
     under_way = threading.Event()
 
     def make_post(post: Method) -> Method:
@@ -132,14 +119,14 @@ def fail_to_write() -> None:
 
         return posted
 
-    def make_write(write: Method) -> Method:
-        def written(sink: NullSink, pixels_THWC: Any, chunk_index: int, prompt: str) -> None:
+    def make_keep(keep: Method) -> Method:
+        def kept(recorder: Recorder, chunk_index: int, *tensors: Any) -> None:
             if chunk_index == AT_CHUNK:
                 assert under_way.wait(FLYING_S)
                 raise SinkError("planted: the disk is full")
-            write(sink, pixels_THWC, chunk_index, prompt)
+            keep(recorder, chunk_index, *tensors)
 
-        return written
+        return kept
 
     wrap(Stage0End, "post", make_post)
-    wrap(NullSink, "write", make_write)
+    wrap(Recorder, "keep", make_keep)

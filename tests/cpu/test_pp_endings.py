@@ -131,11 +131,10 @@ def test_a_queue_of_no_depth_ends_a_rank_before_it_joins(nest: Nest, weights_cac
 # What has no contract, and what breaks one --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("plant", "name"), [("plan_v2v", "noise_scale"), ("add_vace_frames", "vace_frames")])
-def test_what_pp_has_no_contract_for_never_leaves_stage0(
-    plant: str, name: str, nest: Nest, weights_cache: Path, tmp_path: Path
-) -> None:
-    outcome = nest.run(tmp_path / "run", make_config(weights_cache), plants={0: PLANTS + plant})
+def test_what_pp_has_no_contract_for_never_leaves_stage0(nest: Nest, weights_cache: Path, tmp_path: Path) -> None:
+    """VACE's frames. Video-to-video has version 2 of the envelope: tests/cpu/test_pp_wire.py."""
+    name = "vace_frames"
+    outcome = nest.run(tmp_path / "run", make_config(weights_cache), plants={0: f"{PLANTS}add_vace_frames"})
     assert outcome.exit_codes == {0: 70, 1: 0}, outcome.stderr  # the mesh is well, and drains
     assert error(outcome, 0)["type"] == "PreflightError"
     assert error(outcome, 0)["evidence"]["field"] == name
@@ -201,9 +200,9 @@ def test_a_side_that_goes_mid_stream_ends_the_others(
 
 
 def test_a_comms_thread_that_does_not_end_poisons_its_rank(nest: Nest, weights_cache: Path, tmp_path: Path) -> None:
-    """A sink fails while the mesh holds an envelope, and the mesh never answers it."""
+    """Stage 0 fails while the mesh holds an envelope, and the mesh never answers it."""
     config = make_config(weights_cache, pipeline__join_timeout_s=1.0, **R1)
-    plants = {0: f"{PLANTS}fail_to_write", 1: f"{PLANTS}never_answer"}
+    plants = {0: f"{PLANTS}fail_to_record", 1: f"{PLANTS}never_answer"}
     with nest.start(tmp_path / "run", config, plants=plants) as job:
         assert job.processes[0].wait(60) == 76, job.stderr()
         outcome = job.end(0.1)
