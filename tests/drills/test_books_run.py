@@ -181,7 +181,8 @@ def planted_case(item: Item, done: Done, unguarded: dict[str, Result]) -> Ran:
     answer = json.loads(stdout_of(done, BRINGUP))
     wanted = next((step for step in (item.expect.path or "").split("/") if step.startswith("id=")), "id=v1.1c-tp2")
     row = next(row for row in answer["data"]["cases"] if row["id"] == wanted.removeprefix("id="))
-    seen = planted(item.drill, row, answer, unguarded)
+    seen = planted(item.drill, row, done.directory.parent / answer["data"]["run_dir"], unguarded)
+    assert seen.reports, "what was planted must have left something to judge"
     findings = [evaluate(finding["id"], seen) for finding in row["findings"] if finding["id"] in gates_of(row)]
     row["findings"] = [plain(finding.to_dict()) for finding in findings]
     row["metrics"] = plain(metrics(seen, findings))
@@ -193,9 +194,9 @@ def gates_of(row: dict[str, Any]) -> set[str]:
     return set(builtin(2).select([row["id"]]).cases[-1].gates)
 
 
-def planted(drill: str, row: dict[str, Any], answer: dict[str, Any], unguarded: dict[str, Result]) -> Observation:
+def planted(drill: str, row: dict[str, Any], bringup: Path, unguarded: dict[str, Result]) -> Observation:
     case = builtin(2).select([row["id"]]).cases[-1]
-    directory = Path(answer["data"]["run_dir"]) / row["id"]
+    directory = bringup / row["id"]
     reports = read_reports(directory)
     if drill == "rank 0":  # a worker that holds what rank 0 holds
         return Observation(case, directory, reports={0: reports[0], 1: reports[0]})

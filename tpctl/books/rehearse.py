@@ -7,6 +7,7 @@ would end it is run with --dry-run; other changes are made to it. It is drained 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import load
+from engine.errors import EngineError
 from tpctl.books.cause import ALONE, Causes
 from tpctl.books.checklist import load_all as all_checklists
 from tpctl.books.execute import PLACEHOLDER, Commands
@@ -114,8 +116,8 @@ def given(job: str | None, run_dir: Path | None) -> dict[str, str]:
     values = {} if job is None else {"job": job}
     if run_dir is not None:
         values["run"] = str(run_dir)
-        if (path := config_path(run_dir)).is_file():
-            values["config"] = str(path)
+        with contextlib.suppress(EngineError):  # a run without a configuration: a block that needs it says so
+            values["config"] = str(config_path(run_dir))
     return values
 
 
