@@ -125,8 +125,8 @@ class SinkWriter:
         return self._lost
 
     def abort(self) -> None:
-        """Leave no file that is not whole. What was handed over may still be written, for a moment; then it is lost, and
-        so is a sink that hangs."""
+        """Leave no file that is not whole. What was handed over may still be written, for a moment; then it is lost,
+        and so is a sink that hangs."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._aborting or self._failure is not None or not (self._queue or self._now), FLUSH_S
