@@ -38,7 +38,7 @@ def test_prompt_cut_and_set_apply_at_the_chunk_that_their_receipts_name(cli, sta
     assert "bias must be in (0, 1]" in wrong.stderr
 
     done = cli("drain", "live", "-o", "json")
-    assert done.exit_code == (8 if plan is PP0 else 0), done.stdout
+    assert done.exit_code == 0, done.stdout  # what the operator's own cut made stale is no loss
     receipt = validated(done.stdout)["data"]
     assert receipt["balanced"]
     ranks = state / "live" / "attempts" / "0" / "ranks"

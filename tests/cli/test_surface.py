@@ -245,3 +245,19 @@ def test_a_shell_completes_ids_without_torch(typed, offered, tmp_path):
         [sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=60, check=False
     )
     assert set(done.stdout.split()) == offered, done.stderr
+
+
+def test_a_reader_that_leaves_gets_no_traceback():
+    """`tpctl ... | head`: the pipe is closed before all is written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "tpctl", "schema", "bringup"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        timeout=60,
+        check=False,
+    )
+    os.close(writing)
+    assert done.stderr == b""
+    assert done.returncode == 128 + 13
