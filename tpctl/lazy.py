@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 from typing import Any
 
@@ -66,15 +65,16 @@ class LazyGroup(TyperGroup):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().main(*args, **kwargs)
-        except BrokenPipeError:  # whoever read us has seen enough, as `| head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1 << 7 | signal.SIGPIPE)
         except Exception as error:  # the last stop: all that escapes becomes a message and a code
             if not kwargs.get("standalone_mode", True):
                 raise
             from tpctl.errors import report
 
-            sys.exit(report(error))
+            try:
+                sys.exit(report(error))
+            except BrokenPipeError:  # whoever read us has seen enough, as `| head` does
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(1)
 
 
 def stub() -> None:
