@@ -65,7 +65,8 @@ def _no_baseline(rank: int) -> None:
 
 
 def _no_group_check(rank: int) -> None:
-    blind(group.Group, "_enter")
+    """Nothing is refused, and nothing recorded: 0 is the number of no record."""
+    wrap(group.Group, "_enter", lambda _: lambda *args, **kwargs: 0)
 
 
 def _no_liveness(rank: int) -> None:
