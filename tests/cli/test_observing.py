@@ -86,7 +86,8 @@ def test_a_job_is_watched(cli, state):
     assert digests["kv",] == 1
     assert digests["fingerprint",] == 2  # at the first chunk, and at the cut
     emitted = values(served, "tpctl_chunks_total")["emitted",]
-    assert 0 <= emitted - counted <= 1  # one may be out, and not recorded yet
+    # One may be out and not recorded yet; others may be recorded and still wait for the sinks' thread.
+    assert -3 <= emitted - counted <= 1
     assert all(value > 50e6 for value in values(served, "tpctl_rank_resident_memory_bytes").values())
     said = validated(cli("metrics", "seen", "-o", "json").stdout)
     assert {family["name"] for family in said["data"]["families"]} >= {"tpctl_stage_seconds", "tpctl_build_info"}
@@ -124,9 +125,9 @@ def clocks_that_jump_move_no_state(cli, job: Path) -> None:
         os.utime(path, (0, 0))
     found = data_of(cli, "status", "seen")
     assert (found["state"], found["verdict"]) == ("running", "PASS")
-    assert 0 <= found["frame_age_s"] < 3
+    assert 0 <= found["frame_age_s"] < 60
     assert 0 < found["age_s"] < 300
-    assert 0 <= values(cli("metrics", "seen").stdout, "tpctl_last_frame_age_seconds")[()] < 3
+    assert 0 <= values(cli("metrics", "seen").stdout, "tpctl_last_frame_age_seconds")[()] < 60
 
 
 def a_drain_that_its_launcher_holds_up(cli, job: Path) -> None:
