@@ -70,6 +70,11 @@ class RankContext:
     def keep(self, record: dict[str, Any], result: MeshResult) -> None:
         """One chunk, for the report and for the chunk records."""
         self.keep_record(record)
+        made = result.graphs - self.report.generator["graphs"]
+        if made:
+            self.report.generator["graphs"] = result.graphs
+            self.report.generator["graphs_in_stream"] = self.report.generator.get("graphs_in_stream", 0) + made
+            self.warn(f"chunk {record['chunk_index']} had {made} graphs compiled that the warm-up had not: it was slow")
         self.records.append(record, result.global_end_index, result.local_end_index)
 
     def keep_record(self, record: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ def chunk_record(envelope: Envelope, call_id: int, result: MeshResult, times: di
         "observed_generator_calls": result.observed_generator_calls,
         "input_digest_i64": result.input_digest_i64,
         "output_digest_i64": result.output_digest_i64,
+        "graphs": result.graphs,
         **times,
         "t_b_ms": result.t_b_ms,
         "tB0_ns": result.began_ns,

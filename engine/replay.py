@@ -176,6 +176,7 @@ def alone(config: EngineConfig) -> EngineConfig:
     """The same stream on a mesh of one: complete envelopes, no drill, no evidence of its own."""
     data: dict[str, Any] = config.to_dict()
     data["plan"] |= {"tp": 1, "tp_plan": V1}
+    data["model"] |= {"compile": "off"}
     data["drill"] = {}
     return configuration.from_dict(data)
 

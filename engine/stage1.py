@@ -25,7 +25,8 @@ from engine.wire.envelope import CARRIES, Envelope
 @dataclass(frozen=True)
 class MeshResult:
     """What phase B made of one chunk. `latents_out_BFCHW` is clean; the digests are 0 where their tripwire is off; the
-    cache's indices are in tokens, one for each layer. It began at `began_ns` of this host's monotonic clock."""
+    cache's indices are in tokens, one for each layer; `graphs` counts what was compiled up to now. It began at
+    `began_ns` of this host's monotonic clock."""
 
     latents_out_BFCHW: torch.Tensor
     start_frame: int
@@ -33,6 +34,7 @@ class MeshResult:
     input_digest_i64: int
     output_digest_i64: int
     t_b_ms: float
+    graphs: int
     global_end_index: tuple[int, ...]
     local_end_index: tuple[int, ...]
     began_ns: int
@@ -94,30 +96,16 @@ class Stage1:
         t_b_ms = (time.monotonic_ns() - began_ns) / 1e6
         indices = tuple(self.kv.global_end_index), tuple(self.kv.local_end_index)
         return MeshResult(
-            latents_BFCHW, start_frame, self._calls, input_digest, output_digest, t_b_ms, *indices, began_ns
+            latents_BFCHW,
+            start_frame,
+            self._calls,
+            input_digest,
+            output_digest,
+            t_b_ms,
+            self.dit.run.graphs,
+            *indices,
+            began_ns,
         )
-
-    @torch.inference_mode()
-    def warm_up(self) -> int:
-        """One generator call in lockstep on zeros, then empty caches. Returns the collectives it made.
-
-        The generator alone warms up: a worker without codecs has nothing else, and needs nothing else.
-        """
-        gate = self.mesh.gate
-        gate.phase, gate.ids = Phase.B, {"call_id": -1, "chunk_index": -1, "cache_epoch": -1}
-        dims, frames = self.config.dims, self.config.geometry.frames_per_chunk
-        weight = next(self.dit.parameters())
-        x_BFCHW = weight.new_zeros(1, frames, dims.in_dim, *self.config.latent_hw)
-        conditioning_BLD = weight.new_zeros(1, dims.text_len, dims.text_dim)
-        timestep_F = torch.full((frames,), self.config.steps[0], device=weight.device)
-        for _ in range(2):  # the second call has its text cache: it shows what a call of the steady state costs
-            before = self.mesh.ledger.count
-            self.dit(x_BFCHW, timestep_F, conditioning_BLD, kv=self.kv, cross=self.cross, start_frame=0)
-            collectives = self.mesh.ledger.count - before
-        self.kv.reset()
-        self.cross.reset()
-        gate.phase = Phase.LINK
-        return collectives
 
     def _check_progress(self, plan: ChunkPlan) -> None:
         """`current_start_frame` follows from the last chunk on this rank, or is 0 at a hard cut."""
@@ -142,7 +130,7 @@ class Stage1:
         changed = -1
         if due(cadence.fingerprint_every, plan.chunk_index) or (cadence.fingerprint_every and plan.init_cache):
             changed = self.guard.check()
-        rows = self._gather([plan.computed_calls(), plan.current_start_frame, digest, changed])
+        rows = self.gather([plan.computed_calls(), plan.current_start_frame, digest, changed])
         inputs = tripwires.compare("input digest", "meta and tensors", rows[2], ranks, "FM-30")
         tripwires.raise_first(
             [
@@ -159,7 +147,7 @@ class Stage1:
     def _which_input(self, envelope: Envelope) -> list[tripwires.Finding | None]:
         """The digests differ, as every rank knows now: so all of them tell each part apart, in one more collective."""
         plan, tensors, names = envelope.plan, envelope.tensors, CARRIES[V1]
-        rows = self._gather([tripwires.digest({}, (plan,)), *(tripwires.digest({n: tensors.get(n)}) for n in names)])
+        rows = self.gather([tripwires.digest({}, (plan,)), *(tripwires.digest({n: tensors.get(n)}) for n in names)])
         return [
             tripwires.compare("input digest", name, row, self.mesh.members, "FM-30")
             for name, row in zip(("the plan", *names), rows, strict=True)
@@ -171,7 +159,7 @@ class Stage1:
         Raises:
             TripwireError: two ranks hold the same shard.
         """
-        (words,) = self._gather([self.guard.word])
+        (words,) = self.gather([self.guard.word])
         for number, word in enumerate(words):
             if word in words[:number]:
                 first = words.index(word)
@@ -270,7 +258,7 @@ class Stage1:
             cache = tripwires.lifecycle(plan, ids["call_id"], self.kv.global_end_index[0], self.kv.local_end_index[0])
         finite = torch.stack([*self._finite, tripwires.finite(latents_BFCHW)]).tolist()
         first_bad = finite.index(False) + 1 if False in finite else 0
-        rows = self._gather([self._calls, first_bad, self.mesh.ledger.value(), digest, *cache])
+        rows = self.gather([self._calls, first_bad, self.mesh.ledger.value(), digest, *cache])
         tripwires.raise_first(
             [
                 tripwires.compare("call count", "generator calls made", rows[0], ranks, "FM-02"),
@@ -305,7 +293,7 @@ class Stage1:
             evidence={"by_rank": {str(rank): call for rank, call in bad.items()}, "minority": began, "call": first},
         )
 
-    def _gather(self, values: list[int]) -> list[list[int]]:
+    def gather(self, values: list[int]) -> list[list[int]]:
         """One int64 all_gather on the CPU: a list over ranks for each value."""
         parts = self.mesh.all_gather(torch.tensor(values, dtype=torch.int64))
         return torch.stack(parts).T.tolist()

@@ -45,8 +45,10 @@ def compare(check: str, field: str, values: Sequence[int], ranks: Sequence[int],
     return Finding(check, field, by_rank, tuple(odd), fm)
 
 
-def raise_first(findings: Sequence[Finding | None], ids: Mapping[str, int]) -> None:
-    """Raise for the first finding, carrying all of them as evidence.
+def raise_first(
+    findings: Sequence[Finding | None], ids: Mapping[str, int], evidence: Mapping[str, object] | None = None
+) -> None:
+    """Raise for the first finding, carrying all of them as evidence, and what this rank knows besides.
 
     Raises:
         CallCountError: the first finding is a call count.
@@ -67,6 +69,7 @@ def raise_first(findings: Sequence[Finding | None], ids: Mapping[str, int]) -> N
             "by_rank": {str(rank): value for rank, value in first.by_rank.items()},
             "minority": list(first.minority),
             "all": [finding.sentence() for finding in found],
+            **(evidence or {}),
         },
         next_step="tpctl triage RUN_DIR",
     )

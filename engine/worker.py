@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine import config as configuration
-from engine import faults
+from engine import faults, warmup
+from engine.assets import cache_dir
 from engine.blackbox import BlackBox
 from engine.comm import parity
 from engine.comm.group import Phase
@@ -44,6 +45,7 @@ from engine.lifecycle import RankExit, RankState
 from engine.log import Level, Log, log_path
 from engine.meshleader import MeshLeader
 from engine.model.attention import resolve_backend
+from engine.model.compiled import keep_kernels_in, resolve_compiler
 from engine.model.loader import build_generator
 from engine.plan import PP_PLANS, V0, V1, V11A
 from engine.rank import RankContext
@@ -109,8 +111,11 @@ class Worker:
 
         report.move(RankState.WARMING)
         with self.context.watchdog.budget("the warm-up", live.warmup_budget_s, RankExit.PHASE_BUDGET):
+            compile_s = warmup.compile_alone(stage1) if stage1 is not None else 0.0
+            meeting.meet("compile", live.warmup_budget_s)  # no rank waits in a collective for another one's compiler
             if stage1 is not None:
-                report.generator["collectives_per_call"] = stage1.warm_up()
+                report.generator["collectives_per_call"] = warmup.in_lockstep(stage1)
+                report.generator |= warmup.facts(stage1, compile_s)
             if self.topology.pp:
                 meeting.meet("warm", live.warmup_budget_s)  # rank 0 knows that the mesh is ready
         groups.gate.phase = Phase.LINK
@@ -189,10 +194,12 @@ class Worker:
 
     def _effective(self) -> dict[str, str]:
         """What `auto` became; the same on every rank, whether it holds a generator or not."""
+        keep_kernels_in(cache_dir(self.config) / "kernels")
         backend, reason = resolve_backend(self.config.model.attention_backend, self.device, self.config.model.dtype)
         return {
             "attention_backend": backend,
             "attention_reason": reason,
+            "compile": resolve_compiler(self.config.model.compile, self.device),
             "device": self.device,
             "dtype": self.config.model.dtype,
             "comm_backend": effective_comm_backend(self.config),

@@ -143,7 +143,9 @@ class Group:
         self.rank = rank
         self.gate = gate if gate is not None else PhaseGate()
         self.ledger = Ledger()
+        self.handle = ""  # what compiled graphs know it by, once `engine.comm.ingraph.register` gave it one
         self._pg = pg
+        self._muted = False
         self._calls: dict[tuple[Any, ...], Call] = {}
         # A group of one waits for nobody: there is nothing to record.
         self._blackbox = self.gate.blackbox if len(members) > 1 else None
@@ -167,8 +169,23 @@ class Group:
     def is_leader(self) -> bool:
         return self.rank == self.members[0]
 
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """While the body runs, `all_reduce` leaves its tensor alone: for a rank that tries its code out by itself."""
+        self._muted = True
+        try:
+            yield
+        finally:
+            self._muted = False
+
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum in place over the group; returns the same tensor."""
+        """Sum in place over the group; returns the same tensor. A compiled graph holds it as an operator."""
+        if self.handle and _tracing():
+            from engine.comm import ingraph
+
+            return ingraph.all_reduce(tensor, self.handle)
+        if self._muted:
+            return tensor
         self._enter("all_reduce", tensor)
         if self.size > 1:
             with self._backend("all_reduce"):
@@ -280,16 +297,33 @@ def dist() -> Any:
     return torch.distributed
 
 
+def _tracing() -> bool:
+    """Is a compiler reading along, instead of the interpreter running this?"""
+    import torch
+
+    return torch.compiler.is_compiling()
+
+
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _ROOT = os.path.dirname(os.path.dirname(_HERE)) + os.sep
+_ENGINE = os.path.dirname(_HERE) + os.sep
 # Frames of these files carry a call; they do not make it.
 _CARRIERS = frozenset(os.path.join(_HERE, name) for name in ("group.py", "transport.py", "pair.py", "p2p.py"))
+_OPERATOR = os.path.join(_HERE, "ingraph.py")
 _sites: dict[tuple[str, int], bytes] = {}
 
 
 def call_site() -> bytes:
-    """The packed file and line that the current collective was called from."""
+    """The packed file and line that the current collective was called from.
+
+    Of one in a compiled graph: the engine's line that ran the graph, past whatever the compiler made of the forward.
+    """
     frame = sys._getframe(3)  # past this function, `_enter` and the collective
+    if frame.f_code.co_filename == _OPERATOR:
+        while frame.f_back is not None and (
+            frame.f_code.co_filename == _OPERATOR or not frame.f_code.co_filename.startswith(_ENGINE)
+        ):
+            frame = frame.f_back
     while frame.f_code.co_filename in _CARRIERS and frame.f_back is not None:
         frame = frame.f_back
     key = (frame.f_code.co_filename, frame.f_lineno)

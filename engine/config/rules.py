@@ -20,6 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.preset": tuple(PRESETS),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.attention_backend": ("auto", "sdpa", "flex"),
+    "model.compile": ("off", "inductor", "aot_eager", "eager"),
     "schedule.anchor": ("reencode", "latent"),
     "comm.backend": ("auto", "gloo", "nccl"),
     "plan.tp_plan": PLANS,

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`preset` names the sizes. `checkpoint`, `text_encoder` and `vae` are paths; the tiny preset makes its own."""
+    """`preset` names the sizes. `checkpoint`, `text_encoder` and `vae` are paths; the tiny preset makes its own.
+
+    `compile` names the compiler of the generator's blocks: `off`, `inductor`, or `aot_eager` and `eager`, which make
+    the same graphs and run them without kernels of their own.
+    """
 
     preset: str = "tiny"
     checkpoint: str = ""
@@ -16,6 +20,7 @@ class ModelConfig:
     dtype: str = "float32"
     device: str = "auto"
     attention_backend: str = "auto"
+    compile: str = "off"
     weights_seed: int = 0
     cache_dir: str = ""
 

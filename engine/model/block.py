@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from engine.comm.group import Group
 from engine.config import ModelDims
 from engine.model.attention import attend, attend_block_causal
-from engine.model.kv_cache import CrossAttnCache, KVCache, Span
+from engine.model.kv_cache import KVCache, Span
 from engine.model.linear import ColumnLinear, RowLinear, ShardedRMSNorm, empty_parameter, squares
 from engine.model.rope import rotate
 
@@ -31,12 +31,45 @@ class Call:
     """What all blocks of one generator call share. `bias_T` is added to the scores of each live slot, if given."""
 
     kv: KVCache
-    cross: CrossAttnCache
     span: Span
-    rotations_L1P: Tensor
     bias_T: Tensor | None
     block_tokens: int
     backend: str
+
+    def attend(self, layer: int, q_BLHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor) -> Tensor:
+        """Keep the new keys and values, then attend to all that this call may see. As [B, L, H, d]."""
+        k_BTHd, v_BTHd = self.kv.append(layer, self.span, k_BLHd, v_BLHd)
+        if self.span.recompute:
+            return attend_block_causal(q_BLHd, k_BTHd, v_BTHd, self.block_tokens, backend=self.backend)
+        return attend(q_BLHd, k_BTHd, v_BTHd, self.bias_T, backend=self.backend)
+
+
+class LayerCall:
+    """One block's part of a `Call`. Not frozen: a compiler reads all fields of a frozen one, and the call's position,
+    which is never the same twice, would become part of the graph.
+
+    Args:
+        call: where this call reads and writes the cache.
+        layer: the block's number.
+        turns_L1P2: rotary positions of the new tokens.
+        text_BTHd: the layer's text keys and values.
+        ticket: what a compiled graph knows the call by (`engine.model.compiled`).
+    """
+
+    def __init__(
+        self, call: Call, layer: int, turns_L1P2: Tensor, text_BTHd: tuple[Tensor, Tensor], ticket: Tensor | None = None
+    ) -> None:
+        self.call = call
+        self.layer = layer
+        self.turns_L1P2 = turns_L1P2
+        self.text_BTHd = text_BTHd
+        self.ticket = ticket
+
+    def attend(self, q_BLHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            in_graph: Tensor = torch.ops.tpctl.attend_cached(q_BLHd, k_BLHd, v_BLHd, self.ticket)
+            return in_graph
+        return self.call.attend(self.layer, q_BLHd, k_BLHd, v_BLHd)
 
 
 class Attention(nn.Module):
@@ -60,26 +93,22 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    def forward(self, x_BLD: Tensor, layer: int, call: Call) -> Tensor:
+    def forward(self, x_BLD: Tensor, at: LayerCall) -> Tensor:
         q_BLA, k_BLA, v_BLA = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
         squares_2BL = self.mesh.all_reduce(torch.stack((squares(q_BLA), squares(k_BLA))))
-        q_BLHd = rotate(self.split(self.norm_q(q_BLA, squares_2BL[0])), call.rotations_L1P)
-        k_BLHd = rotate(self.split(self.norm_k(k_BLA, squares_2BL[1])), call.rotations_L1P)
-        k_BTHd, v_BTHd = call.kv.append(layer, call.span, k_BLHd, self.split(v_BLA))
-        if call.span.recompute:
-            y_BLHd = attend_block_causal(q_BLHd, k_BTHd, v_BTHd, call.block_tokens, backend=call.backend)
-        else:
-            y_BLHd = attend(q_BLHd, k_BTHd, v_BTHd, call.bias_T, backend=call.backend)
+        q_BLHd = rotate(self.split(self.norm_q(q_BLA, squares_2BL[0])), at.turns_L1P2)
+        k_BLHd = rotate(self.split(self.norm_k(k_BLA, squares_2BL[1])), at.turns_L1P2)
+        y_BLHd = at.attend(q_BLHd, k_BLHd, self.split(v_BLA))
         out_BLD: Tensor = self.o(y_BLHd.flatten(2))
         return out_BLD
 
 
 class CrossAttention(Attention):
-    def forward(self, x_BLD: Tensor, layer: int, call: Call) -> Tensor:
+    def forward(self, x_BLD: Tensor, at: LayerCall) -> Tensor:
         q_BLA = self.q(x_BLD)
         squares_BL = self.mesh.all_reduce(squares(q_BLA))
         q_BLHd = self.split(self.norm_q(q_BLA, squares_BL))
-        y_BLHd = attend(q_BLHd, call.cross.k_NBTHd[layer], call.cross.v_NBTHd[layer], backend=call.backend)
+        y_BLHd = attend(q_BLHd, *at.text_BTHd, backend="sdpa")  # without a bias both backends are the same kernel
         out_BLD: Tensor = self.o(y_BLHd.flatten(2))
         return out_BLD
 
@@ -96,12 +125,12 @@ class Block(nn.Module):
             ColumnLinear(dims.dim, dims.ffn_dim, mesh), nn.GELU("tanh"), RowLinear(dims.ffn_dim, dims.dim, mesh)
         )
 
-    def forward(self, x_BLD: Tensor, e_F6D: Tensor, layer: int, call: Call) -> Tensor:
+    def forward(self, x_BLD: Tensor, e_F6D: Tensor, at: LayerCall) -> Tensor:
         """`e_F6D`, float32: shift, scale, gate of self-attention, then of the FFN, for each frame."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + e_F6D).unbind(1)
-        y_BLD = self.self_attn(modulate(x_BLD, shift, scale, self.eps), layer, call)
+        y_BLD = self.self_attn(modulate(x_BLD, shift, scale, self.eps), at)
         x_BLD = add_gated(x_BLD, y_BLD, gate)
-        x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD), layer, call)
+        x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD), at)
         y_BLD = self.ffn(modulate(x_BLD, ffn_shift, ffn_scale, self.eps))
         return add_gated(x_BLD, y_BLD, ffn_gate)
 

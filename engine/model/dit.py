@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from engine.comm.group import Group
 from engine.config import PATCH, ModelDims, valid_degrees
 from engine.errors import GeometryError
-from engine.model.block import COLLECTIVES_PER_BLOCK, Block, Call, CrossAttention, modulate
+from engine.model.block import COLLECTIVES_PER_BLOCK, Block, Call, CrossAttention, LayerCall, modulate
+from engine.model.compiled import AsWritten, Blocks
 from engine.model.kv_cache import CrossAttnCache, KVCache
 from engine.model.linear import Linear, empty_parameter, squares
 from engine.model.rope import RopeTables
@@ -36,12 +37,21 @@ class DiT(nn.Module):
         mesh: the ranks that share it; every tensor-parallel collective runs on this group.
         backend: "sdpa" or "flex", the effective one (`attention.resolve_backend`).
         frames_per_block: frames that see each other in a recompute call.
+        run: how blocks run; as they are written, if not given.
 
     Raises:
         GeometryError: heads or FFN do not divide by the mesh, or the head width is odd.
     """
 
-    def __init__(self, dims: ModelDims, mesh: Group, *, backend: str = "sdpa", frames_per_block: int = 3) -> None:
+    def __init__(
+        self,
+        dims: ModelDims,
+        mesh: Group,
+        *,
+        backend: str = "sdpa",
+        frames_per_block: int = 3,
+        run: Blocks | None = None,
+    ) -> None:
         super().__init__()
         degrees = valid_degrees(dims, mesh.size)
         if mesh.size not in degrees or dims.dim % dims.num_heads or dims.head_dim % 2 or frames_per_block < 1:
@@ -55,6 +65,7 @@ class DiT(nn.Module):
         self.mesh = mesh
         self.backend = backend
         self.frames_per_block = frames_per_block
+        self.run = run if run is not None else AsWritten()
         self.patch_embedding = PatchEmbedding(dims)
         self.text_embedding = nn.Sequential(
             Linear(dims.text_dim, dims.dim), nn.GELU("tanh"), Linear(dims.dim, dims.dim)
@@ -108,11 +119,10 @@ class DiT(nn.Module):
             self._norm_text(squares_NBT, cross)
             cross.valid = True
 
+        turns_L1P2 = self._rope.get(start_frame, frames, rows, columns, device)
         call = Call(
             kv=kv,
-            cross=cross,
             span=span,
-            rotations_L1P=self._rope.get(start_frame, frames, rows, columns, device),
             bias_T=kv.bias_for(span, bias, dtype),
             block_tokens=self.frames_per_block * rows * columns,
             backend=self.backend,
@@ -120,8 +130,12 @@ class DiT(nn.Module):
         time_FD = self.time_embedding(sinusoid(timestep_F, self.dims.freq_dim).to(dtype))
         e_F6D = self.time_projection(time_FD).view(frames, 6, -1).float()
         tokens_BLD = self.patch_embedding(x_BFCHW.to(dtype))
-        for layer, block in enumerate(self.blocks):
-            tokens_BLD = block(tokens_BLD, e_F6D, layer, call)
+        with self.run.opened(call, len(self.blocks)) as tickets:
+            for layer, block in enumerate(self.blocks):
+                text_BTHd = cross.k_NBTHd[layer], cross.v_NBTHd[layer]
+                at = LayerCall(call, layer, turns_L1P2, text_BTHd, tickets[layer])
+                assert isinstance(block, Block)
+                tokens_BLD = self.run(block, tokens_BLD, e_F6D, at)
         patches_BLO = self.head(tokens_BLD, time_FD)
         return unpatchify(patches_BLO, frames, rows, columns).type_as(x_BFCHW)
 

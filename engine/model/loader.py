@@ -9,6 +9,7 @@ import torch
 from engine.assets import generator_checkpoint
 from engine.comm.group import Group
 from engine.config import EngineConfig
+from engine.model.compiled import blocks
 from engine.model.dit import DiT
 from engine.model.kv_cache import CrossAttnCache, KVCache
 from engine.model.sharding import shard_dim
@@ -38,7 +39,8 @@ def build_generator(config: EngineConfig, mesh: Group, backend: str, device: str
         generator_checkpoint(config), dims, int(mesh.group_rank), mesh.size, device=device, dtype=dtype
     )
     with torch.device("meta"):
-        dit = DiT(dims, mesh, backend=backend, frames_per_block=geometry.frames_per_chunk)
+        run = blocks(config.model.compile, mesh, dims.num_layers)
+        dit = DiT(dims, mesh, backend=backend, frames_per_block=geometry.frames_per_chunk, run=run)
     dit.load_state_dict(state, strict=True, assign=True)
     dit.requires_grad_(False).eval()
     replicated = fingerprint({name: tensor for name, tensor in state.items() if shard_dim(name) is None})

@@ -45,7 +45,7 @@ def once(owner, name, where, place, when=None):
 os._exit(worker.main(sys.argv[1:]))
 """
 LOAD = 'once(worker, "build_generator", {rank}, "load")'
-WARM_UP = 'once(stage1.Stage1, "warm_up", {rank}, "warm-up")'
+WARM_UP = 'once(warmup, "in_lockstep", {rank}, "warm-up")'
 PREPARE = 'once(stage0.Stage0, "step", 0, "phase A")'
 SINK = """
 from engine.sinks import null
