@@ -245,7 +245,7 @@ class Stage1:
         return flow_BFCHW
 
     def _agree_on_results(self, plan: ChunkPlan, latents_BFCHW: torch.Tensor) -> int:
-        """One tiny collective, always run: calls made, finite, the ledger so far, the output's digest, the cache.
+        """One tiny collective, always run: calls made, finite, the ledger, the output's digest, graphs, the cache.
 
         The output digest and the KV lifecycle digest at their cadence, else 0.
         """
@@ -258,12 +258,14 @@ class Stage1:
             cache = tripwires.lifecycle(plan, ids["call_id"], self.kv.global_end_index[0], self.kv.local_end_index[0])
         finite = torch.stack([*self._finite, tripwires.finite(latents_BFCHW)]).tolist()
         first_bad = finite.index(False) + 1 if False in finite else 0
-        rows = self.gather([self._calls, first_bad, self.mesh.ledger.value(), digest, *cache])
+        graphs = self.dit.run.graphs
+        rows = self.gather([self._calls, first_bad, self.mesh.ledger.value(), digest, graphs, *cache])
         tripwires.raise_first(
             [
                 tripwires.compare("call count", "generator calls made", rows[0], ranks, "FM-02"),
                 tripwires.compare("collective ledger", "group, op, shape, dtype", rows[2], ranks, "FM-03"),
-                *tripwires.compare_lifecycle(rows[4:], ranks),
+                tripwires.compare("compiled graphs", "graphs", rows[4], ranks, "FM-50"),
+                *tripwires.compare_lifecycle(rows[5:], ranks),
             ],
             ids,
         )

@@ -9,6 +9,7 @@ caches. The generator alone warms up: a worker without codecs has nothing else, 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def agree_on_graphs(stage1: Stage1) -> None:
     blocks, mesh, model = stage1.dit.run, stage1.mesh, stage1.config.model
     made, breaks = blocks.graphs, blocks.breaks
     rows = stage1.gather([made, len(breaks)])
-    reasons = {"reasons": breaks[:REASONS_TOLD]}
+    reasons = {"reasons": [f"{why} (x {times})" for why, times in Counter(breaks).most_common(REASONS_TOLD)]}
     tripwires.raise_first(
         [
             tripwires.compare("compiled graphs", "graph breaks", rows[1], mesh.members, "FM-50"),

@@ -44,7 +44,7 @@ from engine.follower import follow
 from engine.lifecycle import RankExit, RankState
 from engine.log import Level, Log, log_path
 from engine.meshleader import MeshLeader
-from engine.model.attention import resolve_backend
+from engine.model import attention
 from engine.model.compiled import keep_kernels_in, resolve_compiler
 from engine.model.loader import build_generator
 from engine.plan import PP_PLANS, V0, V1, V11A
@@ -195,7 +195,9 @@ class Worker:
     def _effective(self) -> dict[str, str]:
         """What `auto` became; the same on every rank, whether it holds a generator or not."""
         keep_kernels_in(cache_dir(self.config) / "kernels")
-        backend, reason = resolve_backend(self.config.model.attention_backend, self.device, self.config.model.dtype)
+        backend, reason = attention.resolve_backend(
+            self.config.model.attention_backend, self.device, self.config.model.dtype
+        )
         return {
             "attention_backend": backend,
             "attention_reason": reason,

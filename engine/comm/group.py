@@ -310,6 +310,7 @@ _ENGINE = os.path.dirname(_HERE) + os.sep
 # Frames of these files carry a call; they do not make it.
 _CARRIERS = frozenset(os.path.join(_HERE, name) for name in ("group.py", "transport.py", "pair.py", "p2p.py"))
 _OPERATOR = os.path.join(_HERE, "ingraph.py")
+_GRAPHS = frozenset((_OPERATOR, os.path.join(_ENGINE, "model", "compiled.py")))
 _sites: dict[tuple[str, int], bytes] = {}
 
 
@@ -321,7 +322,7 @@ def call_site() -> bytes:
     frame = sys._getframe(3)  # past this function, `_enter` and the collective
     if frame.f_code.co_filename == _OPERATOR:
         while frame.f_back is not None and (
-            frame.f_code.co_filename == _OPERATOR or not frame.f_code.co_filename.startswith(_ENGINE)
+            frame.f_code.co_filename in _GRAPHS or not frame.f_code.co_filename.startswith(_ENGINE)
         ):
             frame = frame.f_back
     while frame.f_code.co_filename in _CARRIERS and frame.f_back is not None:

@@ -180,9 +180,10 @@ def _error(by_rank: Mapping[int, Mapping[str, str]], what: str) -> ParityError:
     blame = f"; the odd one out is rank {odd[0]}" if len(odd) == 1 else ""
     more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
     plan_differs = any(key.startswith("config.plan.") for key in table)
+    compiled_apart = first.startswith(("effective.", "config.model.compile"))
     return ParityError(
         f"ranks differ in {what}: " + "; ".join(lines[:4]) + more + blame,
-        fm="FM-01" if plan_differs else ("FM-50" if first.startswith("effective.") else "FM-03"),
+        fm="FM-01" if plan_differs else ("FM-50" if compiled_apart else "FM-03"),
         evidence={
             "differences": {key: {str(r): v for r, v in _told(row).items()} for key, row in table.items()},
             "minority": odd[:RANKS_TOLD],

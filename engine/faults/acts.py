@@ -40,7 +40,7 @@ def held(envelope: Envelope, name: str) -> torch.Tensor:
 
 
 def nothing(scene: Scene) -> None:
-    """The fault is the difference that `differ` planted."""
+    """The fault was planted at the start: the difference of `differ`, or one of `engine.faults.compiler.EARLY`."""
 
 
 def shorter(envelope: Envelope) -> Envelope:

@@ -7,6 +7,7 @@ from engine.comm.topology import Groups
 from engine.config import EngineConfig, dotted_keys, parse_text
 from engine.errors import ConfigError
 from engine.faults.acts import debug_collective
+from engine.faults.compiler import EARLY
 from engine.faults.scene import Parts, Scene, mark
 from engine.faults.table import AUDITED, FAULTS
 from engine.faults.unguard import UNGUARD
@@ -37,13 +38,16 @@ def differ(config: EngineConfig, rank: int) -> EngineConfig:
 
 
 def before_handshake(config: EngineConfig, rank: int, blackbox: BlackBox) -> None:
-    """First act of a drill: guards off where asked for, and the mark of a difference that exists from the start."""
+    """First act of a drill: guards off where asked for, what breaks before there is anything to break, its mark."""
     drill = config.drill
     if not drill.id:
         return
     if drill.without_guard:
         UNGUARD[drill.id](rank)
-    if rank == drill.victim_rank and drill.differs:
+    early = EARLY.get(drill.id)
+    if early is not None and (early.everyone or rank == drill.victim_rank):
+        early.act()
+    if rank == drill.victim_rank and (drill.differs or early is not None):
         blackbox.commit(mark(drill), "-", {})
 
 

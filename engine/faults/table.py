@@ -34,6 +34,7 @@ from engine.faults.acts import (
     terminate,
     truncate,
 )
+from engine.faults.compiler import compiles_anew
 from engine.faults.places import after_call, in_phase_b, on_the_wire, prepared, received, while_peers_wait
 from engine.faults.pplink import (
     astray_in_phase_b,
@@ -98,6 +99,8 @@ FAULTS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
         "OM-24.twice": in_phase_b(terminate(2)),
         "OM-25": after_call(nan),
         "OM-26": fill_the_disk,
+        **dict.fromkeys(("C-01", "C-02", "C-03", "C-04"), nothing),
+        "C-05": compiles_anew,
     }
 )
 

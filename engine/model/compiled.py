@@ -80,7 +80,7 @@ class Compiled:
     def breaks(self) -> list[str]:
         """Why a graph ended before its block did: one line a break."""
         before = self._breaks_before
-        return [why for why, times in _breaks().items() for _ in range(times - before.get(why, 0))]
+        return [_told(why) for why, times in _breaks().items() for _ in range(times - before.get(why, 0))]
 
     @contextmanager
     def opened(self, call: Call, layers: int) -> Iterator[Sequence[Tensor | None]]:
@@ -147,6 +147,15 @@ def keep_kernels_in(directory: Path) -> None:
 def _run(block: Block, x_BLD: Tensor, e_F6D: Tensor, at: LayerCall) -> Tensor:
     """What is compiled: any block, so that all share the graph."""
     return block(x_BLD, e_F6D, at)  # type: ignore[no-any-return]
+
+
+def _told(reason: str) -> str:
+    """The compiler's reason and explanation, in a line; its hints and links are for its log."""
+    lines = [line.strip() for line in reason.strip().splitlines() if line.strip()]
+    why = next((line for line in lines if line.startswith("Explanation: ")), "")
+    return " ".join(
+        [lines[0] if lines else "no reason given", *([f"({why.removeprefix('Explanation: ')})"] if why else [])]
+    )
 
 
 def _breaks() -> dict[str, int]:

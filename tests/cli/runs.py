@@ -63,7 +63,7 @@ def rank_report(rank: int, out: Path, chunks: list[dict[str, Any]], **changes: A
         "times": {"ready_s": 3.0 + lead},
         "memory": {"rss_ready_bytes": 1 << 20, "peak_rss_bytes": (2 + lead) << 20},
         "imported": {"transformers": lead, "diffusers": lead},
-        "generator": {"collectives_per_call": 7, "shard_bytes": 1, "kv_cache_bytes": 2},
+        "generator": {"collectives_per_call": 7, "shard_bytes": 1, "kv_cache_bytes": 2, "graphs": 1, "graph_breaks": 0},
         "chunks": chunks,
         "account": {"accepted": len(chunks), "emitted": len(chunks), "dropped": 0, "abandoned": 0} if lead else None,
         "outputs": {"mp4": str(out)} if lead else None,

@@ -51,6 +51,13 @@ def set_report(rank: int, **changes):
     return edit
 
 
+def set_generator(rank: int, **changes):
+    def edit(reports):
+        reports[rank]["generator"] |= changes
+
+    return edit
+
+
 def drop(rank: int):
     def edit(reports):
         del reports[rank]
@@ -150,6 +157,12 @@ ACCOUNT = {"accepted": 3, "emitted": 2, "dropped": 0, "abandoned": 0}
         ("imports", set_report(1, imported={"transformers": True, "diffusers": False}), Verdict.FAIL),
         ("imports", drop(1), Verdict.UNKNOWN),
         ("imports", lambda reports: reports[1].pop("imported"), Verdict.UNKNOWN),
+        ("graphs", set_generator(1, graphs=2), Verdict.FAIL),
+        ("graphs", set_generator(1, graphs=0), Verdict.FAIL),
+        ("graphs", set_generator(1, graph_breaks=3), Verdict.FAIL),
+        ("graphs", set_generator(0, graphs_in_stream=1), Verdict.FAIL),
+        ("graphs", lambda reports: reports[1]["generator"].pop("graphs"), Verdict.UNKNOWN),
+        ("graphs", drop(1), Verdict.UNKNOWN),
         ("outputs", set_report(0, outputs={"mp4": "/nowhere/x.mp4"}), Verdict.FAIL),
         ("outputs", set_report(0, outputs=None), Verdict.UNKNOWN),
         ("account", set_report(0, account=ACCOUNT), Verdict.FAIL),

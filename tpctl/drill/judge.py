@@ -278,6 +278,9 @@ def _blame(seen: Seen) -> tuple[bool, str]:
         return not seen.verdict and first is None, "nobody" if first is None else f"rank {first}"
     if drill.blame == "link":
         return not seen.proved.get("triggers"), "the link"
+    if drill.blame == "everyone":
+        codes = {rank: (report.get("error") or {}).get("code") for rank, report in seen.reports.items()}
+        return len(codes) == drill.ranks and len(set(codes.values())) == 1, f"all ranks alike: {set(codes.values())}"
     if drill.blame == "receiver":
         right = first is not None and first != drill.victim_rank
         return right, f"rank {first} refused what rank {drill.victim_rank} sent"

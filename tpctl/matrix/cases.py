@@ -39,13 +39,15 @@ KEYS = (
     "gates",
     "reference",
     "differs_from",
+    "skip_on",
 )
 
 
 @dataclass(frozen=True)
 class Case:
     """One cell of the matrix. `reference` is the single-process case it must equal, `differs_from` one it must not, or
-    one that it is measured against.
+    one that it is measured against. `skip_on` is an error code that says what a host may lack: a case whose ranks all
+    refuse with it is skipped.
 
     `kind` is `run`, `parity`, or `drill`: then `id` is the drill's, and the table of drills has the demands.
     """
@@ -63,6 +65,7 @@ class Case:
     gates: tuple[str, ...] = ()
     reference: str | None = None
     differs_from: str | None = None
+    skip_on: str = ""
 
     @property
     def ranks(self) -> int:
@@ -209,6 +212,7 @@ def _case(row: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> Ca
         gates=gates,
         reference=merged.get("reference"),
         differs_from=merged.get("differs_from"),
+        skip_on=str(merged.get("skip_on", Case.skip_on)),
     )
 
 

@@ -272,6 +272,28 @@ def overlap(seen: Observation) -> Finding:
     return judge("overlap", score >= OVERLAP_LEAST and not over, words, score, OVERLAP_LEAST)
 
 
+@gate("graphs")
+def graphs(seen: Observation) -> Finding:
+    """The blocks of every mesh rank are compiled, without a graph break, and nothing was compiled after the warm-up."""
+    made = {rank: report["generator"] for rank, report in seen.reports.items() if report.get("mesh_rank", 0) >= 0}
+    if _missing(seen) or not made:
+        return unknown("graphs", f"no report of rank {', '.join(map(str, _missing(seen)))}")
+    counts = {rank: generator["graphs"] for rank, generator in made.items()}
+    wrong = []
+    for rank, generator in sorted(made.items()):
+        if not generator["graphs"]:
+            wrong.append(f"rank {rank} compiled nothing")
+        if generator["graph_breaks"]:
+            wrong.append(f"rank {rank} has {generator['graph_breaks']} graph breaks")
+        if late := generator.get("graphs_in_stream", 0):
+            wrong.append(f"rank {rank} compiled {late} graphs while the stream ran")
+    if len(set(counts.values())) > 1:
+        wrong.append(f"graphs by rank differ: {counts}")
+    most = max(counts.values())
+    words = "; ".join(wrong) or f"{most} graph{'s' if most > 1 else ''} on each of {len(made)} ranks, 0 breaks"
+    return judge("graphs", not wrong, words, most, "0 breaks, none in the stream")
+
+
 @gate("memory-flat")
 def memory_flat(seen: Observation) -> Finding:
     """Resident memory of no rank grows from chunk to chunk, once the run is warm."""

@@ -29,6 +29,9 @@ def metrics(seen: Observation, findings: Sequence[Finding]) -> dict[str, Any]:
             "collectives_per_call": report.get("generator", {}).get("collectives_per_call"),
             "shard_bytes": report.get("generator", {}).get("shard_bytes"),
             "kv_cache_bytes": report.get("generator", {}).get("kv_cache_bytes"),
+            "graphs": report.get("generator", {}).get("graphs"),
+            "graph_breaks": report.get("generator", {}).get("graph_breaks"),
+            "compile_s": report.get("generator", {}).get("compile_s"),
             "attention_backend": report.get("effective", {}).get("attention_backend"),
             "warnings": list(report.get("warnings") or []),
         }
@@ -52,6 +55,8 @@ def metrics(seen: Observation, findings: Sequence[Finding]) -> dict[str, Any]:
         "leader_peak_bytes": ranks.get("0", {}).get("peak_rss_bytes"),
         "worker_ready_s": _most(workers, "ready_s"),
         "ready_s": _most(list(ranks.values()), "ready_s"),
+        "graphs": _most(list(ranks.values()), "graphs"),
+        "compile_s": _most(list(ranks.values()), "compile_s"),
         "period_p50_ms": percentile(periods, 50),
         "period_p90_ms": percentile(periods, 90),
         "period_p99_ms": percentile(periods, 99),

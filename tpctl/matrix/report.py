@@ -27,6 +27,8 @@ COLUMNS = (
     Column("rank 0 MiB", "leader_mib", narrow=False, right=True),
     Column("ready s", "worker_ready_s", right=True),
     Column("rank 0 ready s", "leader_ready_s", narrow=False, right=True),
+    Column("graphs", "graphs", narrow=False, right=True),
+    Column("compile s", "compile_s", narrow=False, right=True),
     Column("period ms", "period_p50_ms", right=True),
     Column("p90", "period_p90_ms", narrow=False, right=True),
     Column("p99", "period_p99_ms", narrow=False, right=True),
@@ -87,6 +89,8 @@ def _note(result: CaseResult) -> str:
     bad = [finding.id for finding in result.findings if finding.verdict not in (Verdict.PASS, Verdict.SKIP)]
     if bad:
         return bad[0] + (f" +{len(bad) - 1}" if len(bad) > 1 else "")
+    if result.verdict is Verdict.SKIP:
+        return "skipped"
     if result.case.expect == "refused":
         return "refused"
     if result.case.kind == "run" and result.case.reference is None and result.case.plan not in PP_PLANS:
@@ -97,10 +101,12 @@ def _note(result: CaseResult) -> str:
         if figures.get("blame") == "nobody":
             return "the stream goes on"
         return f"{figures.get('code') or ''} {figures.get('fm') or ''}".strip() + gone
-    score = result.metrics.get("overlap_score")
-    if score is not None:
-        return f"overlap {score:.2f}"
-    return ""
+    words = []
+    if (score := result.metrics.get("overlap_score")) is not None:
+        words.append(f"overlap {score:.2f}")
+    if made := result.metrics.get("graphs"):
+        words.append(f"compiled: {made} graph{'s' if made > 1 else ''}")
+    return ", ".join(words)
 
 
 def remarks(results: Sequence[CaseResult]) -> list[str]:
@@ -117,6 +123,9 @@ def explain(results: Sequence[CaseResult]) -> list[str]:
     """For each case that is not healthy: its findings, then the first cause."""
     lines: list[str] = []
     for result in results:
+        if result.verdict is Verdict.SKIP:
+            lines.append(f"{result.case.id}: SKIP: {result.findings[0].message}")
+            continue
         if result.verdict is Verdict.PASS:
             continue
         lines += ["", f"{result.case.id}: {result.verdict}  ({result.run_dir})"]

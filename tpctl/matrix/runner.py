@@ -48,6 +48,9 @@ class CaseResult:
 
     @property
     def verdict(self) -> Verdict:
+        """SKIP where that is all there is to say: the case could not run here, and nobody has to answer for it."""
+        if {finding.verdict for finding in self.findings} == {Verdict.SKIP}:
+            return Verdict.SKIP
         return worst(finding.verdict for finding in self.findings)
 
     @property
@@ -182,6 +185,8 @@ class Runner:
 
     def _judge(self, seen: Observation) -> CaseResult:
         case = seen.case
+        if (lacking := _lacking(seen)) is not None:
+            return CaseResult(case, seen.run_dir, (lacking,), metrics(seen, ()))
         findings = tuple(gates.evaluate(name, seen) for name in case.gates)
         held_back = ppgates.held_back(seen)
         findings += (held_back,) if held_back is not None else ()
@@ -233,6 +238,16 @@ class Runner:
         words = f"{coverage.checked} of {coverage.expected} values compared over {len(tables)} ranks"
         found = (Finding("parity", verdict, words, coverage.checked, coverage.expected), *findings(rows))
         return CaseResult(case, self.run_dir / case.id, found, {"wall_s": time.monotonic() - started})
+
+
+def _lacking(seen: Observation) -> Finding | None:
+    """Every rank refused to start for what this host lacks, and the case said that it may: it is skipped, with why."""
+    errors = [report.get("error") or {} for report in seen.reports.values()]
+    if not seen.case.skip_on or len(errors) != seen.case.ranks:
+        return None
+    if {error.get("code") for error in errors} != {seen.case.skip_on}:
+        return None
+    return Finding("launch", Verdict.SKIP, str(errors[0]["message"]), seen.case.skip_on)
 
 
 def make_assets(config: EngineConfig, run_dir: Path, deadline_s: float = ASSETS_DEADLINE_S) -> None:
