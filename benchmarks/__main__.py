@@ -23,6 +23,7 @@ NAMES = (
     "envelope",
     "generator",
     "tensor_parallel",
+    "compiled",
     "worker_memory",
     "blackbox",
     "tripwires",
