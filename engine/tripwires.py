@@ -46,9 +46,13 @@ def compare(check: str, field: str, values: Sequence[int], ranks: Sequence[int],
 
 
 def raise_first(
-    findings: Sequence[Finding | None], ids: Mapping[str, int], evidence: Mapping[str, object] | None = None
+    findings: Sequence[Finding | None],
+    ids: Mapping[str, int],
+    *,
+    here: str = "",
+    evidence: Mapping[str, object] | None = None,
 ) -> None:
-    """Raise for the first finding, carrying all of them as evidence, and what this rank knows besides.
+    """Raise for the first finding, carrying all of them as evidence; `here` is what this rank alone has to say of it.
 
     Raises:
         CallCountError: the first finding is a call count.
@@ -60,7 +64,7 @@ def raise_first(
     first = found[0]
     kind = CallCountError if first.fm == "FM-02" else TripwireError
     raise kind(
-        first.sentence(),
+        first.sentence() + (f"; here: {here}" if here else ""),
         fm=first.fm,
         ids=ids,
         evidence={

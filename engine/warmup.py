@@ -72,11 +72,12 @@ def agree_on_graphs(stage1: Stage1) -> None:
             tripwires.compare("compiled graphs", "graphs", rows[0], mesh.members, "FM-50"),
         ],
         IDS,
+        here=breaks[0] if breaks else "",
         evidence=reasons,
     )
     expected = expected_graphs(stage1.config) if model.compile != "off" else 0
     if breaks or made != expected:
-        why = f", on every rank alike; the first: {breaks[0]}" if breaks else ""
+        why = f", on every rank alike: {breaks[0]}" if breaks else ""
         raise TripwireError(
             f"the blocks were compiled into {made} graphs, expected {expected}, with {len(breaks)} graph breaks{why}",
             code="TP-6241",

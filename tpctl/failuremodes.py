@@ -62,6 +62,9 @@ class CodeGroup:
 
 # By prefix of an error's code.
 CODES: dict[str, CodeGroup] = {
+    # A compiler, or a compiled kernel, that was asked for and cannot be had on this host.
+    "TP-1031": CodeGroup(None, "compile-regression"),
+    "TP-1032": CodeGroup(None, "compile-regression"),
     # A repeated or older call_id is a frame of the past: the nearest failure mode that has a name.
     "TP-2206": CodeGroup("FM-10", "kv-digest-mismatch"),
     "TP-2208": CodeGroup("FM-10", "kv-digest-mismatch"),
@@ -76,6 +79,7 @@ CODES: dict[str, CodeGroup] = {
     "TP-6401": CodeGroup("FM-41", "rank-frozen"),
     "TP-6402": CodeGroup("FM-41", "rank-frozen"),
     "TP-6404": CodeGroup(None, "drain-stuck"),
+    "TP-6241": CodeGroup("FM-51", "compile-regression"),
     # Told to leave: nobody's fault, and the stream is to be begun again.
     "TP-6403": CodeGroup(None, "restore"),
 }

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -150,12 +151,10 @@ def _run(block: Block, x_BLD: Tensor, e_F6D: Tensor, at: LayerCall) -> Tensor:
 
 
 def _told(reason: str) -> str:
-    """The compiler's reason and explanation, in a line; its hints and links are for its log."""
+    """The compiler's explanation, in a line; its hints and links are for its log."""
     lines = [line.strip() for line in reason.strip().splitlines() if line.strip()]
-    why = next((line for line in lines if line.startswith("Explanation: ")), "")
-    return " ".join(
-        [lines[0] if lines else "no reason given", *([f"({why.removeprefix('Explanation: ')})"] if why else [])]
-    )
+    why = next((line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")), "")
+    return re.sub(r" at 0x[0-9a-f]+", "", why or (lines[0] if lines else "no reason given"))
 
 
 def _breaks() -> dict[str, int]:

@@ -37,6 +37,7 @@ ROOMS = (
     ("stage0", "stage1"),
     ("rank", "record"),
     ("leader", "follower", "pipeline", "meshleader", "faults", "referee"),
+    ("warmup",),
     ("worker", "nursery", "replay"),
 )
 ORDER = {name: place for place, names in enumerate(ROOMS) for name in names}

@@ -27,7 +27,7 @@ PLACEHOLDER = re.compile(r"\{([a-z]+)\}")
 # One small bring-up that the items of all checklists share: the reference, the TP plan and a pp plan.
 BRINGUP = "tpctl bringup --case v1.1c-tp2 --case pp0-r0a -o json"
 CASES = {"run": "v1.1c-tp2", "pp": "pp0-r0a"}
-ONE_DRILL = re.compile(r"tpctl drill (OM-[0-9]+[.a-z-]*) -o json")
+ONE_DRILL = re.compile(r"tpctl drill ((?:OM|C)-[0-9]+[.a-z-]*) -o json")
 # To bury what was killed.
 BURY_S = 10.0
 
