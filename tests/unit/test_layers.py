@@ -35,9 +35,8 @@ ROOMS = (
     ("model", "codecs", "sinks", "sources", "tripwires", "seeded", "assets", "recorder", "sampling", "evidence"),
     ("overlap", "streams", "watchdog", "drain", "materials"),
     ("stage0", "stage1"),
-    ("rank", "record"),
+    ("rank", "record", "warmup"),
     ("leader", "follower", "pipeline", "meshleader", "faults", "referee"),
-    ("warmup",),
     ("worker", "nursery", "replay"),
 )
 ORDER = {name: place for place, names in enumerate(ROOMS) for name in names}
