@@ -104,6 +104,16 @@ def test_rank_0_out_of_the_mesh_hides_the_shorter_stage() -> None:
     assert outside.rank0_bytes < inside.rank0_bytes
 
 
+def test_a_compiler_helps_where_handing_over_operations_binds() -> None:
+    small = {"model": {"preset": "wan2.1-1.3b", "dtype": "bfloat16"}}
+    written, compiled = (
+        estimate(from_dict({**small, "model": {**small["model"], "compile": how}}), "pp0", 1, DEVICES["h200"], Pace())
+        for how in ("off", "inductor")
+    )
+    assert written.binds == "launches"
+    assert written.call_ms == pytest.approx(2.7 * compiled.call_ms, rel=0.05)
+
+
 def test_the_command_judges_the_configured_plan(cli) -> None:
     passed = cli("plan", "-o", "json")
     data = validated(passed.stdout)

@@ -17,7 +17,9 @@ from tpctl.planner.sizes import Sizes, sizes
 
 GB = 1e9
 HEADROOM = 0.90  # of a device's memory: the allocator, the backend and the runtime take the rest
-OPERATION_S, OPERATIONS_PER_BLOCK = 8e-6, 90  # to hand one operation to the backend, without a compiler or a graph
+OPERATION_S = 8e-6  # to hand one operation to the backend
+# As written; and of a compiled block 10 products, 5 sums, 2 attentions, 10 fused kernels, and what the cache takes.
+OPERATIONS_PER_BLOCK, OPERATIONS_COMPILED = 90, 33
 SUM_LATENCY_S = 12e-6  # of a collective that carries next to nothing, between GPUs of one host
 # Stage 0 of a 14B job at 320x576, twelve pixel frames a chunk, on an H200: 107 ms to decode, about a fifth to encode.
 DECODE_MS, DECODE_PIXELS, DECODE_TFLOPS = 107.0, 12 * 320 * 576, 989.0
@@ -85,7 +87,8 @@ def estimate(config: EngineConfig, plan: str, tp: int, device: Device, pace: Pac
     # Processors of one host share its memory; devices have their own.
     needed = rank0 + (worker or 0) * (tp if plan in PP_PLANS else tp - 1) if device.name == "cpu" else None
     fits = needed <= room if needed is not None else max(rank0, worker or 0) <= room
-    call_ms, binds, sums_ms = _call(found, config.dims.num_layers, tp, device, pace)
+    operations = OPERATIONS_COMPILED if config.model.compile == "inductor" else OPERATIONS_PER_BLOCK
+    call_ms, binds, sums_ms = _call(found, config.dims.num_layers * operations, tp, device, pace)
     a_c_ms = _stage0_ms(config, device)
     period_ms = fps = None
     if call_ms is not None and a_c_ms is not None:
@@ -141,7 +144,7 @@ def _of_stage0(plan: str, config: EngineConfig) -> int:
 
 
 def _call(
-    found: Sizes, layers: int, tp: int, device: Device, pace: Pace
+    found: Sizes, operations: int, tp: int, device: Device, pace: Pace
 ) -> tuple[float | None, str | None, float | None]:
     """ms of one generator call, what binds it, and ms of its sums."""
     if device.tflops is None or device.bandwidth_gb_s is None or device.link_gb_s is None:
@@ -150,7 +153,7 @@ def _call(
     memory = found.call_read_bytes / (device.bandwidth_gb_s * GB)
     ring = 2 * (tp - 1) / tp
     sums = found.sums * SUM_LATENCY_S + ring * found.sum_bytes / (device.link_gb_s * GB)
-    launches = layers * OPERATIONS_PER_BLOCK * OPERATION_S
+    launches = operations * OPERATION_S
     parts = {"arithmetic": arithmetic, "memory": memory, "launches": launches, "collectives": sums}
     return 1e3 * (max(arithmetic, memory, launches) + sums), max(parts, key=parts.__getitem__), 1e3 * sums
 
