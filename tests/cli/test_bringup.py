@@ -29,9 +29,9 @@ GATES = (
 )
 
 
-def start(tmp_path: Path, *args: str, matrix: str = "") -> subprocess.Popen[str]:
+def start(tmp_path: Path, *args: str, matrix: str = "", **variables: str) -> subprocess.Popen[str]:
     (tmp_path / "m.toml").write_text(matrix)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": str(tmp_path / "xdg")}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": str(tmp_path / "xdg"), **variables}
     return subprocess.Popen(
         [sys.executable, "-m", "tpctl", "bringup", "--run-dir", "run", "-o", "json", *args],
         cwd=tmp_path,
@@ -162,3 +162,24 @@ tp = 2
     assert gone(tmp_path, 60) == []
     account = json.loads((records.parent / "rank0.json").read_text())["account"]
     assert account["accepted"] == account["emitted"] >= 2
+
+
+@pytest.mark.slow
+def test_what_a_host_lacks_is_skipped_where_the_case_says_so_and_only_there(tmp_path, weights_cache):
+    """No C++ compiler. A skipped case answers for nothing, so alone it is no PASS."""
+    case = 'gates = ["calls"]\nchunks = 1\nconfig = { "model.compile" = "inductor" }\n'
+    matrix = f'[[case]]\nid = "may"\nskip_on = "TP-1032"\n{case}[[case]]\nid = "must"\n{case}'
+    lacking = {"CXX": str(tmp_path / "none"), "TPCTL_MODEL_CACHE_DIR": str(weights_cache)}
+    for cases, code, verdicts in (
+        (("may", "must"), 3, {"may": "SKIP", "must": "FAIL"}),
+        (("may",), 5, {"may": "SKIP"}),
+    ):
+        place = tmp_path / str(code)
+        place.mkdir()
+        chosen = [word for name in cases for word in ("--case", name)]
+        process = start(place, "--matrix", "m.toml", *chosen, matrix=matrix, **lacking)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == code, err
+        rows = {row["id"]: row for row in validated(out)["data"]["cases"]}
+        assert {name: row["verdict"] for name, row in rows.items()} == verdicts
+        assert "No working C++ compiler" in rows["may"]["findings"][0]["message"]
