@@ -24,7 +24,7 @@ def drills(incomplete: str) -> list[str]:
 
 
 def schemas(incomplete: str) -> list[str]:
-    from tpctl.commands.schema import names
+    from tpctl.schemas import names
 
     return _begin(names(), incomplete)
 

@@ -16,7 +16,7 @@ from engine.config import load
 from engine.errors import EngineError
 from engine.records import ALGORITHM, Header, RecordReader, RecordsError
 from tpctl.errors import RunError
-from tpctl.matrix.observation import read_reports
+from tpctl.reports import read_reports
 
 
 @dataclass

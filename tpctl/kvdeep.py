@@ -20,8 +20,8 @@ from engine.sealed import SealedError, chunks_in, frame_path, frames_dir, sample
 from tpctl.kvmeasure import MEASURES, NAMES, TOLERANCE, Deviation, measure
 from tpctl.kvreplay import Replayed, config_path, frames_job, replay, require_frames
 from tpctl.kvsamples import Samples, read_samples
-from tpctl.matrix.observation import read_reports
 from tpctl.output import Column, Output, Table
+from tpctl.reports import read_reports
 from tpctl.verdict import Finding, Verdict
 
 if TYPE_CHECKING:

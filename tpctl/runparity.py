@@ -16,8 +16,8 @@ from engine.errors import EngineError
 from tpctl import liverank
 from tpctl.errors import SnapshotError
 from tpctl.follow import box_ranks, configured_ranks
-from tpctl.matrix.observation import read_reports
 from tpctl.paritytable import Sees
+from tpctl.reports import read_reports
 from tpctl.verdict import Finding, Verdict
 
 SHARED = ("collectives_per_call", "replicated_fingerprint")

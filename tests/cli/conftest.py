@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tpctl.app import app
-from tpctl.commands.schema import load_schema
+from tpctl.schemas import load_schema
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from tpctl.launch.local import Outcome
-from tpctl.matrix.cases import Case
-from tpctl.matrix.observation import Observation, read_reports
+from tpctl.matrix.case import Case
+from tpctl.matrix.observation import Observation
+from tpctl.reports import read_reports
 
 CASE = Case(id="case", title="t", tp=2, chunks=3, gates=("exit-codes",), reference="ref")
 OUTCOME = Outcome(returncode=0, timed_out=False, wall_s=5.0, ended_at=2e9)

@@ -19,7 +19,7 @@ import pytest
 from tests.cli.conftest import validated
 from tests.cli.test_html import fetched
 from tests.cli.test_launch import gone, survivors
-from tpctl.commands.schema import load_schema
+from tpctl.schemas import load_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = 'event = [{ at_chunk = 0, prompt = "a lighthouse" }]\n'

@@ -17,9 +17,9 @@ from tests.cli.conftest import validated
 from tests.cli.jobs import DEADLINE_S, data_of, nap, sets, state, tag_of, until
 from tests.cli.test_surface import _examples
 from tpctl.bundle import archive
-from tpctl.commands.schema import load_schema
 from tpctl.jobs import place
 from tpctl.launch.local import tagged
+from tpctl.schemas import load_schema
 
 __all__ = ["state"]
 

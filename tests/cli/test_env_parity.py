@@ -12,8 +12,8 @@ import tomli_w
 
 from tests.cli.conftest import validated
 from tpctl import snapshot
-from tpctl.commands.schema import load_schema
 from tpctl.paritytable import compare, findings, judge, severity_of
+from tpctl.schemas import load_schema
 from tpctl.verdict import Verdict
 
 

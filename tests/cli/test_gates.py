@@ -12,10 +12,10 @@ import pytest
 
 from tests.cli.runs import CASE, OUTCOME, observe, write_run
 from tests.cli.runs import chunk as healthy_chunk
-from tpctl.commands.schema import load_schema
 from tpctl.matrix.cause import first_cause
 from tpctl.matrix.gates import GATES, evaluate, relative_error, slope
 from tpctl.matrix.metrics import metrics
+from tpctl.schemas import load_schema
 from tpctl.verdict import Coverage, Verdict, worst
 
 COMMON = [

@@ -20,7 +20,8 @@ from tpctl.launch import local
 from tpctl.launch.environment import rank_environment
 from tpctl.matrix.cause import first_cause
 from tpctl.matrix.gates import evaluate
-from tpctl.matrix.observation import Observation, read_reports
+from tpctl.matrix.observation import Observation
+from tpctl.reports import read_reports
 from tpctl.verdict import Verdict
 
 ROOT = Path(__file__).resolve().parents[2]

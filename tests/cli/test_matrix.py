@@ -16,7 +16,6 @@ from engine.plan import PP_PLANS
 from tests.cli.conftest import validated
 from tests.cli.runs import CASE, OUTCOME, observe, write_run
 from tpctl.commands.bringup import envelope_of, exit_code, with_baseline
-from tpctl.commands.schema import load_schema
 from tpctl.drill.table import load
 from tpctl.errors import MatrixError
 from tpctl.exitcodes import ExitCode
@@ -27,6 +26,7 @@ from tpctl.matrix.gates import GATES, evaluate
 from tpctl.matrix.metrics import metrics
 from tpctl.matrix.runner import CaseResult, Runner
 from tpctl.output import cell, plain_table
+from tpctl.schemas import load_schema
 from tpctl.verdict import Finding, Verdict
 
 LEVEL2 = [

@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from tests.cli.conftest import validated
-from tpctl.commands.schema import load_schema, names
 from tpctl.exitcodes import ExitCode, worst_code
 from tpctl.lazy import COMMANDS
+from tpctl.schemas import load_schema, names
 
 BARE = """
 import typer

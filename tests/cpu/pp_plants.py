@@ -1,4 +1,4 @@
-"""What breaks a rank of a pp job, for `tests.support.nest`: each function plants one thing in its rank."""
+"""What breaks a rank of a pp job, for `start_ranks`: each function plants one thing in its rank."""
 
 from __future__ import annotations
 

@@ -8,8 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from engine.config import EngineConfig, from_dict
-from tests.support.nest import Nest
-from tests.support.ranks import Outcome
+from tests.support.ranks import Outcome, run_ranks
 
 CHUNKS = 14
 CUTS = (5, 9)
@@ -37,7 +36,7 @@ bias = 0.9
 """
 
 
-def stream(nest: Nest, cache: Path, path: Path, sizes: tuple[int, int, int], *, anchor_first: bool) -> Outcome:
+def stream(cache: Path, path: Path, sizes: tuple[int, int, int], *, anchor_first: bool) -> Outcome:
     timeline = path / "timeline.toml"
     timeline.write_text(TIMELINE)
     frames, context, window = sizes
@@ -58,7 +57,7 @@ def stream(nest: Nest, cache: Path, path: Path, sizes: tuple[int, int, int], *, 
             "sink": {"kinds": ["null"]},
         }
     )
-    outcome = nest.run(path / f"anchor-first-{anchor_first}", config)
+    outcome = run_ranks(path / f"anchor-first-{anchor_first}", config)
     assert outcome.exit_codes == {0: 0, 1: 0}, outcome.stderr
     assert outcome.reports[0]["account"] == {"accepted": CHUNKS, "emitted": CHUNKS, "dropped": 0, "abandoned": 0}
     return outcome
@@ -74,10 +73,8 @@ def before_feed(outcome: Outcome) -> list[int]:
     [(3, 3, 6), (3, 2, 6), (2, 3, 6)],
     ids=lambda sizes: "F{}-K{}-W{}".format(*sizes),
 )
-def test_anchor_first_changes_no_bit(
-    sizes: tuple[int, int, int], nest: Nest, weights_cache: Path, tmp_path: Path
-) -> None:
-    early, late = (stream(nest, weights_cache, tmp_path, sizes, anchor_first=first) for first in (True, False))
+def test_anchor_first_changes_no_bit(sizes: tuple[int, int, int], weights_cache: Path, tmp_path: Path) -> None:
+    early, late = (stream(weights_cache, tmp_path, sizes, anchor_first=first) for first in (True, False))
     for kind in ("latents", "pixels"):
         ours, theirs = (load_file(outcome.run_dir / f"{kind}.safetensors") for outcome in (early, late))
         assert sorted(ours) == sorted(theirs) == [f"chunk_{index:05d}" for index in range(CHUNKS)]

@@ -11,8 +11,7 @@ import pytest
 from engine.blackbox import Contents, read_box
 from engine.config import EngineConfig, from_dict
 from engine.lifecycle import RankState
-from tests.support.nest import Nest
-from tests.support.ranks import Job, Outcome
+from tests.support.ranks import Job, Outcome, run_ranks, start_ranks
 
 PLANTS = "tests.cpu.pp_plants:"
 FOR_EVER = 10_000
@@ -62,8 +61,8 @@ def balanced(outcome: Outcome) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("late", [0, 1], ids=["Stage 0", "leader"])
-def test_a_side_that_comes_late_is_waited_for(late: int, nest: Nest, weights_cache: Path, tmp_path: Path) -> None:
-    with nest.start(tmp_path / "run", make_config(weights_cache, run__chunks=2), ranks=[1 - late]) as job:
+def test_a_side_that_comes_late_is_waited_for(late: int, weights_cache: Path, tmp_path: Path) -> None:
+    with start_ranks(tmp_path / "run", make_config(weights_cache, run__chunks=2), ranks=[1 - late]) as job:
         job.wait_for(lambda: joining(job, 1 - late), "the first side waits")
         job.add(late)
         outcome = job.end()
@@ -80,11 +79,11 @@ def test_a_side_that_comes_late_is_waited_for(late: int, nest: Nest, weights_cac
     ids=["Stage 0", "leader"],
 )
 def test_a_side_that_never_comes_is_named(
-    missing: int, code: str, says: str, nest: Nest, weights_cache: Path, tmp_path: Path
+    missing: int, code: str, says: str, weights_cache: Path, tmp_path: Path
 ) -> None:
     there = 1 - missing
     config = make_config(weights_cache, comm__join_timeout_s=1.0)
-    outcome = nest.run(tmp_path / "run", config, ranks=[there])
+    outcome = run_ranks(tmp_path / "run", config, ranks=[there])
     assert outcome.exit_codes == {there: 75}
     assert says in outcome.stderr[there]
     assert (error(outcome, there)["code"], error(outcome, there)["evidence"]["missing"]) == (code, [missing])
@@ -93,20 +92,20 @@ def test_a_side_that_never_comes_is_named(
 # Other sizes on the two sides ---------------------------------------------------------------------------------------
 
 
-def test_another_geometry_on_the_two_sides_is_a_table_by_rank(nest: Nest, weights_cache: Path, tmp_path: Path) -> None:
+def test_another_geometry_on_the_two_sides_is_a_table_by_rank(weights_cache: Path, tmp_path: Path) -> None:
     config = make_config(weights_cache)
-    outcome = nest.run(tmp_path / "run", config, configs={1: config.replace(geometry__height=48)})
+    outcome = run_ranks(tmp_path / "run", config, configs={1: config.replace(geometry__height=48)})
     assert outcome.exit_codes == {0: 75, 1: 75}, outcome.stderr
     for rank in (0, 1):
         assert error(outcome, rank)["evidence"]["differences"] == {"config.geometry.height": {"0": "32", "1": "48"}}
         assert outcome.reports[rank]["chunks"] == []
 
 
-def test_the_shape_handshake_itself_includes_stage0(nest: Nest, weights_cache: Path, tmp_path: Path) -> None:
+def test_the_shape_handshake_itself_includes_stage0(weights_cache: Path, tmp_path: Path) -> None:
     """The guard before it is blind on both sides, so that both load, and only the shapes they have are left."""
     config = make_config(weights_cache)
     blind = dict.fromkeys((0, 1), f"{PLANTS}blind_to_geometry")
-    outcome = nest.run(tmp_path / "run", config, configs={1: config.replace(geometry__height=48)}, plants=blind)
+    outcome = run_ranks(tmp_path / "run", config, configs={1: config.replace(geometry__height=48)}, plants=blind)
     assert outcome.exit_codes == {0: 75, 1: 75}, outcome.stderr
     expected = {
         "geometry.latent_hw": {"0": "(4, 4)", "1": "(6, 4)"},
@@ -118,9 +117,11 @@ def test_the_shape_handshake_itself_includes_stage0(nest: Nest, weights_cache: P
         assert outcome.reports[rank]["chunks"] == []
 
 
-def test_a_queue_of_no_depth_ends_a_rank_before_it_joins(nest: Nest, weights_cache: Path, tmp_path: Path) -> None:
+def test_a_queue_of_no_depth_ends_a_rank_before_it_joins(weights_cache: Path, tmp_path: Path) -> None:
     config = make_config(weights_cache)
-    with nest.start(tmp_path / "run", config, ranks=[], arguments={0: ["--config", str(tmp_path / "bad.toml")]}) as job:
+    with start_ranks(
+        tmp_path / "run", config, ranks=[], arguments={0: ["--config", str(tmp_path / "bad.toml")]}
+    ) as job:
         (tmp_path / "bad.toml").write_text('[plan]\ntp_plan = "pp0"\n[pipeline]\nd_out = 0\n')
         job.add(0)
         outcome = job.end()
@@ -131,10 +132,10 @@ def test_a_queue_of_no_depth_ends_a_rank_before_it_joins(nest: Nest, weights_cac
 # What has no contract, and what breaks one --------------------------------------------------------------------------
 
 
-def test_what_pp_has_no_contract_for_never_leaves_stage0(nest: Nest, weights_cache: Path, tmp_path: Path) -> None:
+def test_what_pp_has_no_contract_for_never_leaves_stage0(weights_cache: Path, tmp_path: Path) -> None:
     """VACE's frames. Video-to-video has version 2 of the envelope: tests/cpu/test_pp_wire.py."""
     name = "vace_frames"
-    outcome = nest.run(tmp_path / "run", make_config(weights_cache), plants={0: f"{PLANTS}add_vace_frames"})
+    outcome = run_ranks(tmp_path / "run", make_config(weights_cache), plants={0: f"{PLANTS}add_vace_frames"})
     assert outcome.exit_codes == {0: 70, 1: 0}, outcome.stderr  # the mesh is well, and drains
     assert error(outcome, 0)["type"] == "PreflightError"
     assert error(outcome, 0)["evidence"]["field"] == name
@@ -143,9 +144,9 @@ def test_what_pp_has_no_contract_for_never_leaves_stage0(nest: Nest, weights_cac
     assert balanced(outcome) == {"accepted": 3, "emitted": 2, "dropped": 0, "abandoned": 1}
 
 
-def test_what_the_leader_rejects_is_answered_on_both_sides(nest: Nest, weights_cache: Path, tmp_path: Path) -> None:
+def test_what_the_leader_rejects_is_answered_on_both_sides(weights_cache: Path, tmp_path: Path) -> None:
     config = make_config(weights_cache, "pp1", plan__tp=2)
-    outcome = nest.run(tmp_path / "run", config, plants={0: f"{PLANTS}send_vace"})
+    outcome = run_ranks(tmp_path / "run", config, plants={0: f"{PLANTS}send_vace"})
     assert outcome.exit_codes == {0: 73, 1: 70, 2: 73}, outcome.stderr
     assert error(outcome, 1)["evidence"]["field"] == "pp_disable_vace"
     for rank, words in ((0, "the mesh leader failed with"), (2, "pp_disable_vace")):
@@ -162,9 +163,9 @@ def test_what_the_leader_rejects_is_answered_on_both_sides(nest: Nest, weights_c
     assert balanced(outcome)["emitted"] == 2
 
 
-def test_a_result_of_another_shape_ends_both_sides(nest: Nest, weights_cache: Path, tmp_path: Path) -> None:
+def test_a_result_of_another_shape_ends_both_sides(weights_cache: Path, tmp_path: Path) -> None:
     config = make_config(weights_cache, "pp1", plan__tp=2)
-    outcome = nest.run(tmp_path / "run", config, plants={1: f"{PLANTS}answer_smaller"})
+    outcome = run_ranks(tmp_path / "run", config, plants={1: f"{PLANTS}answer_smaller"})
     assert outcome.exit_codes == {0: 70, 1: 74, 2: 73}, outcome.stderr
     refusal = error(outcome, 0)
     assert (refusal["type"], refusal["evidence"]["field"], refusal["ids"]["chunk_index"]) == (
@@ -184,10 +185,10 @@ def test_a_result_of_another_shape_ends_both_sides(nest: Nest, weights_cache: Pa
     ("victim", "exit_codes"), [(0, {0: -9, 1: 74, 2: 73}), (1, {0: 74, 1: -9, 2: 74})], ids=["Stage 0", "leader"]
 )
 def test_a_side_that_goes_mid_stream_ends_the_others(
-    victim: int, exit_codes: dict[int, int], nest: Nest, weights_cache: Path, tmp_path: Path
+    victim: int, exit_codes: dict[int, int], weights_cache: Path, tmp_path: Path
 ) -> None:
     config = make_config(weights_cache, "pp1", plan__tp=2, run__chunks=FOR_EVER)
-    with nest.start(tmp_path / "run", config) as job:
+    with start_ranks(tmp_path / "run", config) as job:
         job.wait_for(lambda: job.reached(2, "leave B", 2), "chunk 2 on rank 2")
         job.processes[victim].send_signal(signal.SIGKILL)
         outcome = job.end(60)
@@ -199,11 +200,11 @@ def test_a_side_that_goes_mid_stream_ends_the_others(
         balanced(outcome)
 
 
-def test_a_comms_thread_that_does_not_end_poisons_its_rank(nest: Nest, weights_cache: Path, tmp_path: Path) -> None:
+def test_a_comms_thread_that_does_not_end_poisons_its_rank(weights_cache: Path, tmp_path: Path) -> None:
     """Stage 0 fails while the mesh holds an envelope, and the mesh never answers it."""
     config = make_config(weights_cache, pipeline__join_timeout_s=1.0, **R1)
     plants = {0: f"{PLANTS}fail_to_record", 1: f"{PLANTS}never_answer"}
-    with nest.start(tmp_path / "run", config, plants=plants) as job:
+    with start_ranks(tmp_path / "run", config, plants=plants) as job:
         assert job.processes[0].wait(60) == 76, job.stderr()
         outcome = job.end(0.1)
     poisoned = error(outcome, 0)

@@ -20,7 +20,16 @@ from engine.comm.group import Phase, PhaseGate, Rank
 from engine.comm.p2p import LeaderEnd, Stage0End, messages
 from engine.comm.pair import Pair
 from engine.config import EngineConfig
-from engine.errors import CommError, EngineError, FrameError, GroupError, PeerError, PreflightError, SinkError
+from engine.errors import (
+    CallCountError,
+    CommError,
+    EngineError,
+    FrameError,
+    GroupError,
+    PeerError,
+    PreflightError,
+    SinkError,
+)
 from engine.overlap import Comms
 from engine.plan import PP1
 from engine.streams import CommStream
@@ -231,6 +240,30 @@ def comms(ends: Ends, tmp_path: Path) -> Iterator[Callable[..., Comms]]:
 
     yield make
     watchdog.close()
+
+
+@pytest.mark.parametrize("ours", [PreflightError, CallCountError, SinkError])
+def test_what_is_stage0s_own_lets_the_mesh_drain(
+    ours: type[EngineError], ends: Ends, comms: Callable[..., Comms]
+) -> None:
+    """Also while an answer is awaited: the error is known before the farewell is chosen."""
+    talking = comms([])
+    talking.put(make(PP1))
+    assert ends.later(ends.leader.receive).result(DEADLINE_S) is not None
+    answering = ends.later(ends.leader.answer, ANSWER)
+    closing = ends.later(talking.close, ours("Stage 0 cannot go on"))
+    received = ends.later(ends.leader.receive).result(DEADLINE_S)
+    assert received is not None
+    assert received.header.action is Action.SHUTDOWN
+    answering.result(DEADLINE_S)
+    closing.result(DEADLINE_S)
+
+
+def test_what_breaks_the_stream_is_told_to_the_mesh(ends: Ends, comms: Callable[..., Comms]) -> None:
+    closing = ends.later(comms([]).close, FrameError("it broke", field="x"))
+    with pytest.raises(PeerError, match="it broke"):
+        ends.later(ends.leader.receive).result(DEADLINE_S)
+    closing.result(DEADLINE_S)
 
 
 def test_a_poisoned_comms_thread_uses_no_group_even_when_its_answer_comes_at_last(

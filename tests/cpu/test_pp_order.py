@@ -11,8 +11,7 @@ import pytest
 
 from engine.blackbox import Commitment, read
 from engine.config import from_dict
-from tests.support.nest import Nest
-from tests.support.ranks import Outcome
+from tests.support.ranks import Outcome, run_ranks
 
 CHUNKS = 10
 R1: dict[str, Any] = {"schedule__recompute": False}
@@ -22,9 +21,7 @@ DEEP = R1 | {"pipeline__d_in": 3, "pipeline__d_out": 4}
 
 
 @pytest.fixture(scope="module")
-def stream(
-    nest: Nest, weights_cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[dict[str, Any]], Outcome]:
+def stream(weights_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], Outcome]:
     """A job with these changes, run once for all tests that ask for it."""
     made: dict[str, Outcome] = {}
     base = from_dict(
@@ -41,7 +38,7 @@ def stream(
     def run(changes: dict[str, Any]) -> Outcome:
         key = repr(changes)
         if key not in made:
-            made[key] = nest.run(tmp_path_factory.mktemp("order") / "run", base.replace(**changes))
+            made[key] = run_ranks(tmp_path_factory.mktemp("order") / "run", base.replace(**changes))
             assert made[key].exit_codes == {0: 0, 1: 0}, made[key].stderr
         return made[key]
 

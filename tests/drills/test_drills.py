@@ -15,12 +15,12 @@ from engine import faults
 from engine.config import EngineConfig, from_dict
 from engine.errors import ConfigError
 from tests.cli.conftest import cli, validated
-from tpctl.commands.schema import load_schema
 from tpctl.drill import table, twohosts
 from tpctl.drill.judge import Result, judge
 from tpctl.drill.ranks import Nursery
 from tpctl.drill.runner import DrillRunner
 from tpctl.matrix.runner import make_assets
+from tpctl.schemas import load_schema
 from tpctl.verdict import Verdict
 
 assert cli

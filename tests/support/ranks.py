@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from engine.blackbox import BlackBoxError, Commitment, read
 from engine.config import EngineConfig
 from engine.log import log_path
 from engine.plan import PP_PLANS, V1
-from tests.support.forge import Forked, forge
+from tests.support.nursery import PLANT, Forked, nursery
 
 DEADLINE_S = 120.0
 WORKER = ("-m", "engine.worker")
@@ -49,12 +49,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+Process = subprocess.Popen[bytes] | Forked
+
+
 class Job:
     """Ranks that run now. `end` waits for all of them; leaving the `with` block kills what is left."""
 
-    def __init__(self, run_dir: Path, processes: dict[int, subprocess.Popen[bytes] | Forked]) -> None:
+    def __init__(self, run_dir: Path, start: Callable[[int], Process]) -> None:
         self.run_dir = run_dir
-        self.processes = processes
+        self.processes: dict[int, Process] = {}
+        self._start = start
+
+    def add(self, rank: int) -> None:
+        """Start this rank, now or later than the others."""
+        self.processes[rank] = self._start(rank)
 
     def wait_for(self, condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
         """Poll until `condition` holds; fails when the deadline passes or when every rank is gone."""
@@ -116,50 +124,58 @@ def start_ranks(
     config: EngineConfig,
     *,
     world_size: int | None = None,
-    ranks: list[int] | None = None,
-    configs: dict[int, EngineConfig] | None = None,
-    environ: dict[int, dict[str, str]] | None = None,
+    ranks: Sequence[int] | None = None,
+    configs: Mapping[int, EngineConfig] | None = None,
+    plants: Mapping[int, str] | None = None,
+    arguments: Mapping[int, Sequence[str]] | None = None,
+    environ: Mapping[int, Mapping[str, str]] | None = None,
     port: int | None = None,
     entry: Sequence[str] = WORKER,
     fresh: bool = False,
 ) -> Iterator[Job]:
-    """Start `ranks` (default: all). `configs` and `environ` give single ranks another configuration or variables.
+    """Start `ranks` (default: all); `job.add` starts one that comes later.
 
-    `entry` is what the interpreter is told to run; a test may wrap the worker. Ranks are forked from a process that has
-    imported everything, unless they are `fresh`, have variables of their own or another entry.
+    `configs`, `plants`, more `arguments` and `environ` are for single ranks. `entry` is what the interpreter is told to
+    run; a test may wrap the worker. Ranks are forked from a process that has imported everything, unless they are
+    `fresh`, have variables of their own or another entry; only a forked rank can be planted.
     """
     fresh = fresh or environ is not None or tuple(entry) != WORKER
+    assert not (fresh and plants)
     world_size = world_size or config.world_size
     port = port or free_port()
     run_dir.mkdir(parents=True, exist_ok=True)
-    job = Job(run_dir, {})
+
+    def start(rank: int) -> Process:
+        path = run_dir / f"config{rank}.toml"
+        own = (configs or {}).get(rank, config)
+        path.write_text(tomli_w.dumps(own.to_dict()))
+        argv = ["--config", str(path), "--run-dir", str(run_dir), *(arguments or {}).get(rank, [])]
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        stderr = run_dir / f"stderr{rank}.log"
+        if not fresh:
+            stderr.touch()  # the rank itself opens it, maybe after a test looks
+            bare = own.plan.tp_plan in (V1, *PP_PLANS) and rank != 0
+            return nursery(bare=bare).fork(argv, environment | {PLANT: (plants or {}).get(rank, "")}, stderr)
+        with stderr.open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, *entry, *argv],
+                env=environment | (environ or {}).get(rank, {}),
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    job = Job(run_dir, start)
     try:
         for rank in ranks if ranks is not None else range(world_size):
-            path = run_dir / f"config{rank}.toml"
-            own = (configs or {}).get(rank, config)
-            path.write_text(tomli_w.dumps(own.to_dict()))
-            arguments = ["--config", str(path), "--run-dir", str(run_dir)]
-            environment = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-            }
-            stderr = run_dir / f"stderr{rank}.log"
-            if not fresh:
-                bare = own.plan.tp_plan in (V1, *PP_PLANS) and rank != 0
-                job.processes[rank] = forge(bare=bare).fork(arguments, environment, stderr)
-                continue
-            with stderr.open("wb") as log:
-                job.processes[rank] = subprocess.Popen(
-                    [sys.executable, *entry, *arguments],
-                    env=environment | (environ or {}).get(rank, {}),
-                    stdout=subprocess.DEVNULL,
-                    stderr=log,
-                    start_new_session=True,
-                )
+            job.add(rank)
         yield job
     finally:
         job.kill()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +35,48 @@ def test_the_ring_keeps_the_newest(tmp_path: Path) -> None:
     for call_id in range(20):
         box.commit("x", "mesh_pg", {"call_id": call_id})
     assert [record.call_id for record in read(tmp_path / "box")] == list(range(12, 20))
+
+
+class Watched:
+    """The box's own lock, which also tells when somebody has to wait for it."""
+
+    def __init__(self, lock: Any, told: threading.Event) -> None:
+        self._lock, self._told = lock, told
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self._told.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_a_second_thread_cannot_commit_in_the_middle_of_a_commitment(tmp_path: Path) -> None:
+    """In pp the comms thread commits beside the loop. It tries while the first record is being packed: it has to wait,
+    or else is through before the first is."""
+    box = BlackBox(tmp_path / "box", rank=0)
+    waits_or_is_through = threading.Event()
+    box._commit_lock = Watched(box._commit_lock, waits_or_is_through)  # type: ignore[assignment]
+
+    def commit() -> None:
+        box.commit("send INFER", "pp_pg", {"call_id": 2})
+        waits_or_is_through.set()
+
+    comms = threading.Thread(target=commit, daemon=True)
+
+    class Ids(dict[str, int]):
+        def get(self, key: str, default: int = -1) -> int:  # type: ignore[override]
+            if not comms.ident:
+                comms.start()
+                assert waits_or_is_through.wait(20)
+            return super().get(key, default)
+
+    box.commit("take RESULT", "pp_pg", Ids(call_id=1))
+    comms.join(20)
+    assert not comms.is_alive()
+    seen = [(record.seq, record.action, record.call_id) for record in read(tmp_path / "box")]
+    assert seen == [(1, "take RESULT", 1), (2, "send INFER", 2)]
 
 
 def test_what_the_loop_is_at_is_told_and_a_pause_is_no_period(tmp_path: Path) -> None:

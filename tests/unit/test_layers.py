@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,14 +116,62 @@ def test_engine_modules_import_from_their_left_only(path):
     assert not wrong, f"{own} reaches to its right: {wrong}"
 
 
+def graph_of(package: str, *, loading: bool) -> dict[str, set[str]]:
+    """The modules of a package, and which of them each imports."""
+    files = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in sources(package)}
+    return {n: {i for i in imports_of(p, loading=loading) if i in files and i != n} for n, p in files.items()}
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """Some circle of the graph, from a name round to the same name; empty if there is none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def rooms_of(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The graph of the packages and modules that stand directly in the package."""
+
+    def inner(dotted: str) -> str:
+        return ".".join(dotted.split(".")[:2])
+
+    rooms: dict[str, set[str]] = {}
+    for name, imported in graph.items():
+        rooms.setdefault(inner(name), set()).update(
+            inner(other) for other in imported if "." in other and inner(other) != inner(name)
+        )
+    return rooms
+
+
 def test_no_circle_while_modules_load():
     """Rooms allow neighbours to import each other; modules must not do it in a circle."""
-    files = {
-        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in sources("engine")
-    }
-    graph = {name: {i for i in imports_of(p, loading=True) if i in files and i != name} for name, p in files.items()}
-    order = list(graphlib.TopologicalSorter(graph).static_order())
-    assert set(order) == set(files)
+    assert not circle_in(graph_of("engine", loading=True))
+
+
+def test_no_circle_in_tpctl_between_modules_or_packages():
+    """Nor in imports inside functions or for types alone: a reader goes in a circle there too."""
+    graph = graph_of("tpctl", loading=False)
+    assert not circle_in(graph)
+    assert not circle_in(rooms_of(graph))
+
+
+@pytest.mark.parametrize(
+    ("module", "imported", "circle"),
+    [
+        ("launch/local.py", "from tpctl.matrix.observation import Observation", "module"),
+        ("launch/environment.py", "def late():\n    import tpctl.matrix.case", "package"),
+    ],
+)
+def test_the_checker_sees_a_circle(module, imported, circle, tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "tpctl", tmp_path / "tpctl", ignore=shutil.ignore_patterns("__pycache__", "books"))
+    with (tmp_path / "tpctl" / module).open("a") as more:
+        more.write(f"\n\n{imported}\n")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    graph = graph_of("tpctl", loading=False)
+    assert bool(circle_in(graph)) == (circle == "module")
+    assert {"tpctl.launch", "tpctl.matrix"} <= set(circle_in(rooms_of(graph)))
 
 
 def test_the_stages_never_import_each_other():

@@ -12,8 +12,8 @@ import pytest
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.log import Level, Log, log_path, older
-from tpctl.commands.schema import load_schema
 from tpctl.logs.sources import RankLog
+from tpctl.schemas import load_schema
 
 IDS = {"call_id": 7, "chunk_index": 3, "cache_epoch": 0}
 

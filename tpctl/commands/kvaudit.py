@@ -22,8 +22,8 @@ from tpctl.follow import RunRecords
 from tpctl.kvaudit import Auditor
 from tpctl.kvdeep import ANSWER, DeepAudit, dig, table
 from tpctl.kvreplay import config_path, require_frames
-from tpctl.matrix.observation import read_reports
 from tpctl.output import Column, Envelope, Output, Table
+from tpctl.reports import read_reports
 from tpctl.verdict import Coverage, Finding, Verdict, worst
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)

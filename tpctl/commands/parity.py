@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from engine.config import EngineConfig, Loaded
+from engine.config import Loaded
 from tpctl import options, snapshot
 from tpctl.errors import SnapshotError
 from tpctl.exitcodes import for_verdict
-from tpctl.launch.environment import rank_environment
 from tpctl.output import Column, Envelope, Format, Output, Table
+from tpctl.parityprobe import TIMEOUT_S, comparable, probe
 from tpctl.paritytable import INFO, MISSING, MUST, SHOULD, Row, Sees, compare, findings, judge, spans
 from tpctl.runparity import observe
 from tpctl.verdict import ORDER, Coverage, Finding, Verdict, worst
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-PROBE_TIMEOUT_S = 30.0
 EMPTY = "(empty)"
 WIDE_SOURCES = 8  # up to so many, `-o wide` gives each source a column
 
@@ -109,10 +101,10 @@ def _launch(loaded: Loaded) -> Gathered:
     silent = sorted({f"rank{rank}" for rank in range(config.world_size)} - tables.keys())
     if config.world_size == 1:
         # One rank cannot disagree with itself: the check is then between this process and the rank to be.
-        tables = {"here": _comparable(snapshot.flatten(snapshot.take(loaded))), **tables}
+        tables = {"here": comparable(snapshot.flatten(snapshot.take(loaded))), **tables}
     gathered = Gathered("launch", "launch", tables, expected)
     if silent:
-        why = f"{', '.join(silent)} did not answer within {PROBE_TIMEOUT_S:g} s, or failed"
+        why = f"{', '.join(silent)} did not answer within {TIMEOUT_S:g} s, or failed"
         gathered.findings.append(Finding("parity.coverage", Verdict.UNKNOWN, why))
     return gathered
 
@@ -195,41 +187,3 @@ def _summary(
         by_state.setdefault(state, []).append(name)
     lines += [f"{spans(names)}: {state}" for state, names in by_state.items()]
     return lines + [f"{f.verdict}  {f.message}" for f in gathered.findings]
-
-
-def probe(config: EngineConfig) -> dict[str, dict[str, Any]]:
-    """Start one short process for each rank, in the environment its rank would have; what each sees, by rank.
-
-    A probe that fails or does not answer in time is left out: the caller's coverage then says so.
-    """
-    import tomli_w
-
-    with tempfile.TemporaryDirectory(prefix="tpctl-parity-") as folder:
-        path = Path(folder) / "config.toml"
-        path.write_text(tomli_w.dumps(config.to_dict()), encoding="utf-8")
-        command = [sys.executable, "-m", "tpctl.snapshot", str(path)]
-        tables: dict[str, dict[str, Any]] = {}
-        # As many at once as there are cores, twice: a probe waits as much as it works.
-        with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as probes:
-            answers = probes.map(lambda rank: _probe_one(command, rank), range(config.world_size))
-            for rank, table in enumerate(answers):
-                if table is not None:
-                    tables[f"rank{rank}"] = table
-    return tables
-
-
-def _probe_one(command: list[str], rank: int) -> dict[str, Any] | None:
-    environ = rank_environment() | {"RANK": str(rank)}
-    try:
-        done = subprocess.run(
-            command, env=environ, stdout=subprocess.PIPE, text=True, timeout=PROBE_TIMEOUT_S, check=False
-        )
-        data = json.loads(done.stdout) if done.returncode == 0 else None
-    except (subprocess.TimeoutExpired, OSError, ValueError):
-        return None
-    return _comparable(snapshot.flatten(data)) if isinstance(data, dict) else None
-
-
-def _comparable(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what the launcher sets for ranks on purpose, and without variables that became configuration."""
-    return {key: value for key, value in table.items() if not key.startswith(("environment.", "threads."))}

@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tpctl import complete, options
-from tpctl.errors import CliError
 from tpctl.output import Column, Envelope, Format, Output, Table, to_json, to_yaml
+from tpctl.schemas import load_schema, names
 from tpctl.verdict import Verdict
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-
-
-def names() -> list[str]:
-    """All published schemas."""
-    folder = resources.files("tpctl") / "schemas"
-    return sorted(item.name.removesuffix(".json") for item in folder.iterdir() if item.name.endswith(".json"))
-
-
-def load_schema(name: str) -> dict[str, Any]:
-    """One schema as data. Raises CliError for a name that is not published."""
-    if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise CliError(f"there is no schema '{name}'{hint}", next_step="tpctl schema")
-    text = (resources.files("tpctl") / "schemas" / f"{name}.json").read_text(encoding="utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
 
 
 @options.command(app, epilog="Examples: tpctl schema | tpctl schema bringup | tpctl schema env -o yaml")

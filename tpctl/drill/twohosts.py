@@ -24,7 +24,7 @@ from tpctl.drill.judge import REFEREE_KILL, Result, Seen, find, judge
 from tpctl.drill.ranks import Ended
 from tpctl.errors import LaunchError
 from tpctl.launch.environment import rank_environment
-from tpctl.matrix.observation import read_reports
+from tpctl.reports import read_reports
 from tpctl.verdict import Finding, Verdict
 
 HOSTS = 2

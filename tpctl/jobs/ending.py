@@ -21,7 +21,7 @@ from tpctl.jobs.place import JobDir
 from tpctl.jobs.reason import exit_codes
 from tpctl.jobs.record import JobRecord
 from tpctl.launch.local import tagged
-from tpctl.matrix.observation import read_reports
+from tpctl.reports import read_reports
 
 POLL_S = 0.1
 # From the deadline to the end of an abort: the launcher's grace, and the time the kernel needs to bury the killed.

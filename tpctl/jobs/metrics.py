@@ -24,7 +24,7 @@ from tpctl.jobs.health import STARVES, JobState
 from tpctl.jobs.line import Line
 from tpctl.jobs.place import JobDir
 from tpctl.jobs.view import Look, look
-from tpctl.matrix.observation import read_reports
+from tpctl.reports import read_reports
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 HOST = "127.0.0.1"

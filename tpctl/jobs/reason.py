@@ -8,8 +8,8 @@ from typing import Any
 from tpctl.errors import JobError
 from tpctl.jobs.record import read_json
 from tpctl.launch.referee import VERDICT
-from tpctl.matrix.observation import read_reports
 from tpctl.remains import launcher_failures
+from tpctl.reports import read_reports
 
 
 def exit_codes(run_dir: Path) -> dict[int, int]:

@@ -39,7 +39,7 @@ from tpctl.jobs.process import Process
 from tpctl.jobs.reason import exit_codes, first_reason
 from tpctl.jobs.record import Attempt, JobRecord
 from tpctl.launch import local
-from tpctl.matrix.observation import read_reports
+from tpctl.reports import read_reports
 
 POLL_S = 0.1
 # Started anew, a job with one of these would end the same way.

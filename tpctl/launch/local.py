@@ -22,7 +22,7 @@ from typing import IO
 from tpctl.errors import LaunchError
 from tpctl.launch.environment import rank_environment
 from tpctl.launch.referee import VERDICT, watching
-from tpctl.matrix.observation import read_reports
+from tpctl.reports import read_reports
 
 TAG = "TPCTL_LAUNCH_TAG"
 TICK_S = 0.2

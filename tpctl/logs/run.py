@@ -13,8 +13,8 @@ from tpctl.jobs.observe import observe
 from tpctl.jobs.record import Attempt, JobRecord
 from tpctl.logs.entry import Entry, Origin
 from tpctl.logs.sources import RankLog, RefereeLog, Source, SupervisorLog, TextLog
-from tpctl.matrix.observation import read_reports
 from tpctl.remains import rank_log
+from tpctl.reports import read_reports
 from tpctl.target import Target
 
 TOLD = (Origin.rank, Origin.supervisor, Origin.referee, Origin.launcher)

@@ -7,17 +7,18 @@ import fnmatch
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from engine.config import dotted_keys, read_toml
-from engine.plan import PLANS, PP_PLANS, canonical_plan
+from engine.plan import PLANS, canonical_plan
 from engine.timeline import Timeline
 from tpctl.drill import table as drilltable
 from tpctl.errors import MatrixError
 from tpctl.matrix import ppgates as _  # noqa: F401 - its gates are among GATES once it is imported
+from tpctl.matrix.case import Case
 from tpctl.matrix.gates import GATES
 
 DEFAULT_LEVEL = 2
@@ -41,40 +42,6 @@ KEYS = (
     "differs_from",
     "skip_on",
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    """One cell of the matrix. `reference` is the single-process case it must equal, `differs_from` one it must not, or
-    one that it is measured against. `skip_on` is an error code that says what a host may lack: a case whose ranks all
-    refuse with it is skipped.
-
-    `kind` is `run`, `parity`, or `drill`: then `id` is the drill's, and the table of drills has the demands.
-    """
-
-    id: str
-    title: str
-    kind: str = "run"
-    plan: str = "v0_full_pipeline"
-    tp: int = 1
-    chunks: int = 3
-    events: tuple[Mapping[str, Any], ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
-    expect: str = "pass"
-    deadline_s: float = 180.0
-    gates: tuple[str, ...] = ()
-    reference: str | None = None
-    differs_from: str | None = None
-    skip_on: str = ""
-
-    @property
-    def ranks(self) -> int:
-        """Of the whole job: with a pp plan, rank 0 stands before the mesh."""
-        return self.tp + (1 if self.plan in PP_PLANS else 0)
-
-    def needs(self) -> tuple[str, ...]:
-        """Cases that must have run before this one."""
-        return tuple(name for name in (self.reference, self.differs_from) if name)
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tpctl.reports import read_reports  # noqa: F401 - the drills of the books look for it here
+
 if TYPE_CHECKING:
     import numpy as np
 
     from tpctl.launch.local import Outcome
-    from tpctl.matrix.cases import Case
-
-REPORT_SCHEMA, REPORT_VERSION = "tpctl.rank-report", 1
+    from tpctl.matrix.case import Case
 
 
 @dataclass(frozen=True)
@@ -45,24 +44,6 @@ class Observation:
     def pixels(self) -> dict[str, np.ndarray[Any, Any]] | None:
         """uint8 [T, H, W, 3] by chunk, or None if there is no readable file."""
         return read_tensors(self.run_dir / "pixels.safetensors")
-
-
-def read_reports(run_dir: Path) -> dict[int, dict[str, Any]]:
-    """Rank reports by rank. A file that is damaged or of an unknown schema counts as no report."""
-    reports = {}
-    for path in sorted((run_dir / "ranks").glob("rank*.json")):
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if (
-            isinstance(data, dict)
-            and data.get("schema") == REPORT_SCHEMA
-            and data.get("schema_version") == REPORT_VERSION
-            and isinstance(data.get("rank"), int)
-        ):
-            reports[data["rank"]] = data | {"written_at": path.stat().st_mtime}
-    return reports
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray[Any, Any]] | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from tpctl.matrix.cases import Case
+from tpctl.matrix.case import Case
 from tpctl.matrix.report import note
 from tpctl.matrix.runner import CaseResult
 from tpctl.output import STYLE, Output

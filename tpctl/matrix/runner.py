@@ -23,11 +23,13 @@ from tpctl.errors import LaunchError
 from tpctl.launch import local
 from tpctl.launch.environment import rank_environment
 from tpctl.matrix import gates, ppgates
-from tpctl.matrix.cases import Case, Matrix
+from tpctl.matrix.case import Case
+from tpctl.matrix.cases import Matrix
 from tpctl.matrix.cause import Cause, first_cause
 from tpctl.matrix.metrics import metrics
-from tpctl.matrix.observation import Observation, read_reports
+from tpctl.matrix.observation import Observation
 from tpctl.remains import tail
+from tpctl.reports import read_reports
 from tpctl.trace.files import draw
 from tpctl.verdict import Coverage, Finding, Verdict, worst
 
@@ -228,7 +230,7 @@ class Runner:
 
     def _parity(self, case: Case) -> CaseResult:
         """The ranks of a launch of this size, before it: same configuration, versions and code?"""
-        from tpctl.commands.parity import probe
+        from tpctl.parityprobe import probe
         from tpctl.paritytable import compare, findings, judge
 
         started = time.monotonic()

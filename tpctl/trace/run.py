@@ -17,7 +17,7 @@ from engine.measures import Overlap, overlap
 from engine.records import RecordsError, read_records, read_stages
 from tpctl.errors import RunError
 from tpctl.evidence import gather
-from tpctl.matrix.observation import read_reports
+from tpctl.reports import read_reports
 from tpctl.trace.bars import Bar, Kind, Lane, depths, link_bars, mesh_bars, stage0_bars
 from tpctl.trace.clocks import HOME, Shift, across_link, across_mesh, one_clock
 

@@ -1,12 +1,16 @@
-"""Ranks forked by processes that have imported everything, so that a rank starts at once.
+"""Ranks forked by processes that have imported everything, so that a rank starts at once, and broken as a test says.
 
 Two of them: a mesh rank of a generator-only plan is forked from one that never saw the codecs, since its report says
-what it imported. They are started when first asked for, serve the whole test run, and end with it.
+what it imported. They are started when first asked for, serve the whole test run, and end with it. A *plant* is a
+function of a test module, named as `module:function`: the rank calls it before its worker runs.
+
+    python -m tests.support.nursery [--bare]        the process itself; `engine.nursery` says what it speaks
 """
 
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 import signal
@@ -22,6 +26,7 @@ from typing import Any
 from tpctl.launch.environment import rank_environment
 
 READY_S = 120.0
+PLANT = "TESTS_PLANT"
 
 
 class Forked:
@@ -53,12 +58,12 @@ class Forked:
         self._ended.set()
 
 
-class Forge:
-    """`python -m engine.nursery`, whose events a thread reads."""
+class Nursery:
+    """The process, whose events a thread reads. Nothing that it forked outlives `close`."""
 
     def __init__(self, *, bare: bool) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "engine.nursery", *(["--bare"] if bare else [])],
+            [sys.executable, "-m", "tests.support.nursery", *(["--bare"] if bare else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=rank_environment(),
@@ -67,7 +72,7 @@ class Forge:
         self._ready = threading.Event()
         self._ranks: dict[str, Forked] = {}
         self._names = map(str, count())
-        threading.Thread(target=self._read, name="forge", daemon=True).start()
+        threading.Thread(target=self._read, name="nursery", daemon=True).start()
         assert self._ready.wait(READY_S), "the nursery of ranks did not start"
 
     def fork(self, argv: Sequence[str], environ: Mapping[str, str], stderr: Path) -> Forked:
@@ -100,7 +105,27 @@ class Forge:
 
 
 @cache
-def forge(*, bare: bool) -> Forge:
-    made = Forge(bare=bare)
+def nursery(*, bare: bool) -> Nursery:
+    made = Nursery(bare=bare)
     atexit.register(made.close)
     return made
+
+
+def main() -> int:
+    """`engine.nursery`, whose ranks are planted before their worker runs."""
+    from engine import nursery, worker
+
+    work = worker.main
+
+    def planted(argv: list[str] | None = None) -> int:
+        if plant := os.environ.get(PLANT):
+            module, _, function = plant.partition(":")
+            getattr(importlib.import_module(module), function)()
+        return work(argv)
+
+    worker.main = planted
+    return nursery.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
