@@ -24,6 +24,10 @@ TRACKS = 0.8
 EMPTY = 0.8
 LEAST_DECODE = 0.1
 LEAST_CHUNKS = 2
+# Of a straggler: how much of phase B the others wait for it, in how many of the chunks, and of how many at least.
+STRAGGLES = 0.2
+MOSTLY = 0.8
+LEAST_COMPARED = 4
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,49 @@ def send_after_decode(rows: Sequence[Mapping[str, Any]], warm_up: int = WARM_UP)
         statistics.median(decode),
         len(values),
     )
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """The rank that all others wait for: in lockstep it is who waits least. `waits_ms` is how much less than the next
+    rank, and `share` that of phase B; medians over `chunks` chunks."""
+
+    rank: int
+    waits_ms: float
+    share: float
+    chunks: int
+
+    def sentence(self) -> str:
+        return (
+            f"rank {self.rank} is slow: every other rank waits {self.waits_ms:.0f} ms a chunk for it, {self.share:.0%} "
+            f"of phase B ({self.chunks} chunks)"
+        )
+
+
+def straggler(rows: Mapping[int, Sequence[Mapping[str, Any]]], warm_up: int = WARM_UP) -> Straggler | None:
+    """From the chunk records of all mesh ranks. None where no single rank holds the others up, or nothing tells."""
+    by_call = {rank: {row["call_id"]: row for row in of_rank} for rank, of_rank in rows.items()}
+    calls = sorted(set.intersection(*(set(of_rank) for of_rank in by_call.values())))[warm_up:] if by_call else []
+    slowest: list[int] = []
+    values: list[tuple[float, float]] = []
+    for call in calls:
+        waits = sorted((float(row[call]["t_wait_ms"]), rank) for rank, row in by_call.items() if _waited(row[call]))
+        if len(waits) != len(by_call) or len(waits) < 2:
+            continue
+        (least, rank), (second, _) = waits[:2]
+        slowest.append(rank)
+        values.append((second - least, (second - least) / by_call[rank][call]["t_b_ms"]))
+    if len(values) < LEAST_COMPARED:
+        return None
+    usual = statistics.mode(slowest)
+    gap, share = (statistics.median(column) for column in zip(*values, strict=True))
+    if share < STRAGGLES or slowest.count(usual) < MOSTLY * len(slowest):
+        return None
+    return Straggler(usual, gap, share, len(values))
+
+
+def _waited(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("t_wait_ms"), float) and isinstance(row.get("t_b_ms"), float) and row["t_b_ms"] > 0
 
 
 def _in_a_row(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:

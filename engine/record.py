@@ -31,6 +31,7 @@ def chunk_record(envelope: Envelope, call_id: int, result: MeshResult, times: di
         "graphs": result.graphs,
         **times,
         "t_b_ms": result.t_b_ms,
+        "t_wait_ms": result.t_wait_ms,
         "tB0_ns": result.began_ns,
         "rss_bytes": rss_bytes(),
     }

@@ -26,7 +26,8 @@ from engine.wire.envelope import CARRIES, Envelope
 class MeshResult:
     """What phase B made of one chunk. `latents_out_BFCHW` is clean; the digests are 0 where their tripwire is off; the
     cache's indices are in tokens, one for each layer; `graphs` counts what was compiled up to now. It began at
-    `began_ns` of this host's monotonic clock."""
+    `began_ns` of this host's monotonic clock, and of its time spent `t_wait_ms` in collectives (None on a device, where
+    a collective is only enqueued)."""
 
     latents_out_BFCHW: torch.Tensor
     start_frame: int
@@ -34,6 +35,7 @@ class MeshResult:
     input_digest_i64: int
     output_digest_i64: int
     t_b_ms: float
+    t_wait_ms: float | None
     graphs: int
     global_end_index: tuple[int, ...]
     local_end_index: tuple[int, ...]
@@ -74,7 +76,7 @@ class Stage1:
         gate = self.mesh.gate
         gate.phase, gate.ids = Phase.B, plan.ids(call_id)
         self._blackbox.commit("enter B", self.mesh.name, gate.ids)
-        began_ns = time.monotonic_ns()
+        began_ns, waited_ns = time.monotonic_ns(), self.mesh.waited_ns
         if self.evidence is not None:
             self.evidence.begin(envelope, call_id)
         plan.check(call_id)
@@ -94,6 +96,7 @@ class Stage1:
         gate.phase = Phase.LINK
         self._blackbox.commit("leave B", self.mesh.name, gate.ids)
         t_b_ms = (time.monotonic_ns() - began_ns) / 1e6
+        blocks = latents_BFCHW.device.type == "cpu"
         indices = tuple(self.kv.global_end_index), tuple(self.kv.local_end_index)
         return MeshResult(
             latents_BFCHW,
@@ -102,6 +105,7 @@ class Stage1:
             input_digest,
             output_digest,
             t_b_ms,
+            (self.mesh.waited_ns - waited_ns) / 1e6 if blocks else None,
             self.dit.run.graphs,
             *indices,
             began_ns,

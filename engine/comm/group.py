@@ -13,6 +13,7 @@ import os
 import struct
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ class Group:
         self.rank = rank
         self.gate = gate if gate is not None else PhaseGate()
         self.ledger = Ledger()
+        self.waited_ns = 0  # inside the backend: a rank that others wait for waits least. On a device it only enqueues.
         self.handle = ""  # what compiled graphs know it by, once `engine.comm.ingraph.register` gave it one
         self._pg = pg
         self._muted = False
@@ -256,11 +258,13 @@ class Group:
     @contextmanager
     def _backend(self, op: str) -> Iterator[None]:
         """Turn the backend's failure into ours: a peer that closed its socket, or a timeout."""
+        entered_ns = time.perf_counter_ns()
         try:
             yield
         except RuntimeError as error:
             raise self._failure(op, error) from error
         finally:
+            self.waited_ns += time.perf_counter_ns() - entered_ns
             if self._blackbox is not None:
                 self._blackbox.leave()
 

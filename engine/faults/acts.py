@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ from engine.wire.envelope import Envelope
 from engine.wire.frame import PreparedFrame
 
 DRIFT, DRIFT_LAYER, DRIFT_HEAD = 0.01, 1, 1  # about a hundredth of a key; the head is counted on the victim
+SLOW_S = 0.05  # a call; twice as long as one of the tiny model takes
 FILE_LIMIT_BYTES = 140_000  # room for the raw sink's index and two chunks of the drills' size, not for three
 
 
@@ -80,6 +82,26 @@ def drift(scene: Scene, flow_BFCHW: torch.Tensor) -> None:
     """One head's cached keys are slightly wrong, and all indices right."""
     kv = scene.stage1.kv
     kv.memory[0][DRIFT_LAYER, :, : kv.local_end_index[DRIFT_LAYER], DRIFT_HEAD] += DRIFT
+
+
+def slow(scene: Scene) -> None:
+    """From the chunk on, every generator call of this rank begins late."""
+    gate = scene.groups.gate
+    injected = False
+
+    def make(call: Method) -> Method:
+        def altered(*args: Any, **kwargs: Any) -> Any:
+            nonlocal injected
+            if gate.ids.get("chunk_index", -1) >= scene.drill.at_chunk:
+                if not injected:
+                    injected = True
+                    scene.inject()
+                time.sleep(SLOW_S)
+            return call(*args, **kwargs)
+
+        return altered
+
+    wrap(scene.stage1, "_call", make)
 
 
 def stray_broadcast(scene: Scene) -> None:

@@ -29,6 +29,7 @@ from engine.faults.acts import (
     retensor,
     shorter,
     sleep,
+    slow,
     spin,
     stray_broadcast,
     terminate,
@@ -106,7 +107,8 @@ FAULTS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
 
 
 # Faults that no tripwire sees, and no job dies of. Of content, which every rank carries on from alike: `tpctl kv-audit
-# --deep` finds it. Of time alone: bring-up finds it in the records (`engine.measures`).
+# --deep` finds it. Of time alone: bring-up and `tpctl timeline` find it in the
+# records (`engine.measures`).
 AUDITED: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
-    {"KV-DRIFT": after_call(drift), "O-02": send_after_decode}
+    {"KV-DRIFT": after_call(drift), "O-02": send_after_decode, "SLOW-RANK": slow}
 )

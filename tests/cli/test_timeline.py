@@ -142,7 +142,11 @@ def test_the_rules_notice_what_they_are_for(what, trace):
 def test_the_command_says_what_it_wrote(cli, run_dir, tmp_path):
     done = cli("timeline", str(run_dir), "--out", "t.json", "--svg", "o.svg", "-o", "json")
     assert done.exit_code == 0, done.stdout
-    data = validated(done.stdout)["data"]
+    answer = validated(done.stdout)
+    data = answer["data"]
+    named = {finding["id"] for finding in answer["findings"]}
+    assert "timeline.overlap" in named
+    assert not named & {"overlap.send-after-decode", "timeline.straggler"}  # a healthy run
     assert data["events"]["flows"] == CHUNKS
     assert [row["chunks"] for row in data["ranks"]] == [CHUNKS, CHUNKS]
     assert [row["shift_ms"] for row in data["ranks"]] == [0, 0]

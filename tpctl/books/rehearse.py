@@ -1,7 +1,7 @@
 """Rehearses runbooks: every block is run, safely, and against the failure that the page is about.
 
-The failure is caused for real, by the page's drill, and {run} is what that drill's job left; where no drill can cause
-it, {run} is the run directory of a healthy job. {job} is that job: a small one, in a state directory of its own. What
+The failure is caused for real, by the page's drill, and {run} is what that drill's job left; of a page that names
+none, {run} is the run directory of a healthy job. {job} is that job: a small one, in a state directory of its own. What
 would end it is run with --dry-run; other changes are made to it. It is drained at last, which must lose nothing.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from engine.config import load
 from engine.errors import EngineError
-from tpctl.books.cause import ALONE, Causes
+from tpctl.books.cause import ALONE, SLOW, Causes
 from tpctl.books.checklist import load_all as all_checklists
 from tpctl.books.execute import PLACEHOLDER, Commands
 from tpctl.books.expect import Expect
@@ -106,8 +106,11 @@ class Rehearsal:
                 for one in chosen:
                     if (self.root / name / one).is_dir():
                         (self.root / name / one).rename(self.root / one)
+        config = load([], environ=os.environ).config
         if any(one.drill == ALONE for one in books):
-            self.causes.alone(load([], environ=os.environ).config)
+            self.causes.alone(config)
+        for name in sorted({one.drill for one in books if one.drill in SLOW}):
+            self.causes.slow(name, config)
         return steps
 
 
@@ -144,7 +147,7 @@ def static(one: Runbook) -> list[Done]:
         *(f"{fm} leads to another runbook" for fm in one.failure_modes if runbook_id(fm) != one.id),
         *(f"{code} leads to another runbook" for code in one.codes if runbook_id(None, code) != one.id),
     ]
-    if one.drill and one.drill not in {*drills, ALONE}:
+    if one.drill and one.drill not in {*drills, ALONE, *SLOW}:
         faults.append(f"there is no drill '{one.drill}'")
     if not one.is_card and not any(block.section == "Diagnosis" and block.expect.path for block in one.blocks):
         faults.append("no block of its diagnosis shows anything that a test could look at")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from engine.measures import GATE as OVERLAP_LEAST
+from engine.measures import STRAGGLES, TRACKS
 from tpctl import options
 from tpctl.exitcodes import for_verdict
 from tpctl.output import Column, Envelope, Output, Table
@@ -53,7 +56,7 @@ def timeline(
     if svg is not None:
         write_picture(run, title, svg)
     rows = [_row(line) for line in run.ranks]
-    found = _findings(run)
+    found = [*_findings(run), *_speed(run)]
     verdict = worst([Verdict.PASS, *(finding.verdict for finding in found)])
     coverage = Coverage(sum(not line.problems and bool(line.chunks) for line in run.ranks), len(run.ranks))
     data: dict[str, Any] = {
@@ -65,6 +68,7 @@ def timeline(
         "events": counts(made["traceEvents"]),
         "ranks": rows,
         "overlap": run.overlap.to_dict() if run.overlap is not None else None,
+        "straggler": asdict(run.straggler) if run.straggler is not None else None,
     }
     words = [f"{path}: {', '.join(f'{count} {what}' for what, count in data['events'].items())}"]
     words += [f"{svg}: the overlap of the stages"] if svg is not None else []
@@ -113,4 +117,28 @@ def _findings(run: Run) -> list[Finding]:
     if run.alive:
         words = "the run still goes on: the timeline ends with this moment"
         found.append(Finding("timeline.run", Verdict.WARN, words))
+    return found
+
+
+def _speed(run: Run) -> list[Finding]:
+    """What holds the stream up: stages that do not overlap, and why; a rank that all others wait for."""
+    found = []
+    if (overlap := run.overlap) is not None:
+        words = (
+            f"overlap score {overlap.score:.2f}: a period of {overlap.period_ms:.0f} ms for stages of "
+            f"{overlap.stage0_ms:.0f} and {overlap.stage1_ms:.0f} ms"
+        )
+        well = overlap.score >= OVERLAP_LEAST
+        verdict, step = (Verdict.PASS, None) if well else (Verdict.WARN, "tpctl runbook show overlap-collapsed")
+        found.append(Finding("timeline.overlap", verdict, words, overlap.score, OVERLAP_LEAST, next=step))
+    if run.held_back is not None and run.held_back.found:
+        words = f"envelopes are sent after the decode: {run.held_back.sentence()}"
+        step = "tpctl runbook show overlap-collapsed"
+        found.append(Finding("overlap.send-after-decode", Verdict.WARN, words, run.held_back.tracks, TRACKS, next=step))
+    if (slow := run.straggler) is not None:
+        step = "tpctl runbook show slow-period"
+        where = f"rank {slow.rank}"
+        found.append(
+            Finding("timeline.straggler", Verdict.WARN, slow.sentence(), slow.share, STRAGGLES, where=where, next=step)
+        )
     return found

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.blackbox import Commitment, Contents
 from engine.config import EngineConfig, load
 from engine.errors import EngineError
 from engine.lifecycle import RankState
-from engine.measures import Overlap, overlap
+from engine.measures import Overlap, SendAfterDecode, Straggler, overlap, send_after_decode, straggler
 from engine.records import RecordsError, read_records, read_stages
 from tpctl.errors import RunError
 from tpctl.evidence import gather
@@ -21,6 +21,8 @@ from tpctl.reports import read_reports
 from tpctl.trace.bars import Bar, Kind, Lane, depths, link_bars, mesh_bars, stage0_bars
 from tpctl.trace.clocks import HOME, Shift, across_link, across_mesh, one_clock
 
+R = TypeVar("R")
+T = TypeVar("T")
 STATES = [state.value for state in RankState]
 
 
@@ -50,13 +52,16 @@ class RankLine:
 
 @dataclass(frozen=True)
 class Run:
-    """All of it. `counters` are queue depths over time, in pp; `overlap` is None where the plan or the run has none."""
+    """All of it. `counters` are queue depths over time, in pp. `overlap`, `held_back` and `straggler` are None where
+    the plan has no such thing, or the run none to see."""
 
     run_dir: Path
     tp_plan: str | None
     ranks: tuple[RankLine, ...]
     counters: Mapping[str, Sequence[tuple[int, int]]]
     overlap: Overlap | None
+    held_back: SendAfterDecode | None
+    straggler: Straggler | None
     alive: bool
     problems: tuple[str, ...]
 
@@ -94,16 +99,19 @@ def read_run(run_dir: Path, last: int = 0) -> Run:
     lines = _on_one_clock(lines, rows, loops)
     stage0, loop_ns = rows.get(0, ()), loops.get(0)
     counters: Mapping[str, Sequence[tuple[int, int]]] = {}
-    measured = None
+    measured = held = None
     if loop_ns is not None and stage0:
         leader = next((line for line in lines if line.role == "stage1+leader"), None)
         under_way = link_bars(lines[0].bars, leader.bars if leader else (), stage0, loop_ns)
         lines[0] = replace(lines[0], bars=(*lines[0].bars, *under_way))
-        counters, measured = depths(stage0, loop_ns), _overlap(stage0)
+        counters, measured = depths(stage0, loop_ns), _measured(overlap, stage0)
+        held = _measured(send_after_decode, stage0)
     if last:
         lines, counters = _tail(lines, counters, last)
     plan = config.plan.tp_plan if config else next((r.get("tp_plan") for r in reports.values()), None)
-    return Run(run_dir, plan, tuple(lines), counters, measured, seen.alive, tuple(problems))
+    mesh = {line.rank: rows[line.rank] for line in lines if line.role != "stage0"}
+    slow = _measured(straggler, mesh)
+    return Run(run_dir, plan, tuple(lines), counters, measured, held, slow, seen.alive, tuple(problems))
 
 
 def _config(run_dir: Path) -> EngineConfig | None:
@@ -215,9 +223,10 @@ def _on_one_clock(
     return placed
 
 
-def _overlap(rows: Sequence[Mapping[str, Any]]) -> Overlap | None:
+def _measured(measure: Callable[[R], T | None], rows: R) -> T | None:
+    """Records of another version, or of a rank that died, may lack what is measured."""
     with contextlib.suppress(KeyError, TypeError):
-        return overlap(rows)
+        return measure(rows)
     return None
 
 
