@@ -11,6 +11,7 @@
     │   ├── JoinError          75  TP-32xx  a rank that never joined
     │   ├── ParityError        75  TP-33xx  ranks differ in configuration, versions, backends or shapes
     │   └── PeerError          73  TP-34xx  the peer said ERROR
+    ├── AllocationError        70  TP-45xx  no room for a tensor, on the host or on a device
     ├── WeightsError           77  TP-40xx  a checkpoint that is missing, truncated or of another model
     ├── CodecError             70  TP-50xx  text encoder or VAE
     ├── SinkError              70  TP-51xx  the output cannot be written
@@ -145,6 +146,11 @@ class ParityError(CommError):
 class PeerError(CommError):
     exit_code = 73
     code = "TP-3401"
+
+
+class AllocationError(EngineError):
+    code = "TP-4501"
+    next_step = "tpctl plan"
 
 
 class WeightsError(EngineError):

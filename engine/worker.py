@@ -12,8 +12,6 @@ import argparse
 import contextlib
 import os
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,8 +35,9 @@ from engine.comm.transport import BroadcastLink
 from engine.config import EngineConfig, RankEnv
 from engine.control import ControlSocket, SteeredTimeline, Steering
 from engine.drain import Supervisor
-from engine.errors import CommError, EngineError
+from engine.errors import EngineError
 from engine.evidence import Evidence
+from engine.failures import guard
 from engine.faults import Parts
 from engine.follower import follow
 from engine.lifecycle import RankExit, RankState
@@ -280,27 +279,6 @@ def main(argv: list[str] | None = None) -> int:
             worker.run()
 
     return guard(run, report)
-
-
-def guard(run: Callable[[], None], report: RankReport) -> int:
-    """Run; whatever ends the rank is written down before it leaves, with one sentence on stderr."""
-    try:
-        run()
-    except EngineError as error:
-        report.error, report.exit_code = error.to_record(), error.exit_code
-        print(f"rank {report.rank}: {error.code} {error.fm or ''}: {error.message}", file=sys.stderr)
-        print(f"next: {error.next_step}", file=sys.stderr, flush=True)
-    except Exception as error:  # noqa: BLE001 - the boundary: a bug is recorded like any other cause of death
-        wrapped = CommError(str(error)) if isinstance(error, torch.distributed.DistError) else EngineError(repr(error))
-        report.error, report.exit_code = wrapped.to_record(), wrapped.exit_code
-        traceback.print_exc()
-    else:
-        report.exit_code = int(RankExit.DRAINED)
-        report.move(RankState.EXITED)
-    if report.exit_code:
-        report.move(RankState.ABORTED)
-    report.write()
-    return report.exit_code or 0
 
 
 if __name__ == "__main__":

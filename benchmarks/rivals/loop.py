@@ -196,9 +196,9 @@ def work(comm: Plain, rank: int, options: argparse.Namespace) -> None:
 
 def guarded(rank: int, options: argparse.Namespace) -> int:
     from engine.blackbox import BlackBox
+    from engine.failures import guard
     from engine.lifecycle import RankState
     from engine.report import RankReport
-    from engine.worker import guard
 
     ranks = options.run_dir / "ranks"
     ranks.mkdir(exist_ok=True)

@@ -24,6 +24,7 @@ from engine.faults.acts import (
     other_conditioning,
     other_meta,
     other_weight,
+    outgrow,
     replan,
     reseal,
     retensor,
@@ -100,6 +101,7 @@ FAULTS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
         "OM-24.twice": in_phase_b(terminate(2)),
         "OM-25": after_call(nan),
         "OM-26": fill_the_disk,
+        "OM-28": in_phase_b(outgrow),
         **dict.fromkeys(("C-01", "C-02", "C-03", "C-04"), nothing),
         "C-05": compiles_anew,
     }

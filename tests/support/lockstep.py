@@ -29,8 +29,8 @@ def main() -> int:
     rank = int(os.environ["RANK"])
 
     from engine.blackbox import BlackBox
+    from engine.failures import guard
     from engine.report import RankReport
-    from engine.worker import guard
 
     ranks = options.run_dir / "ranks"
     ranks.mkdir(exist_ok=True)

@@ -36,7 +36,7 @@ ROOMS = (
     ("model", "codecs", "sinks", "sources", "tripwires", "seeded", "assets", "recorder", "sampling", "evidence"),
     ("overlap", "streams", "watchdog", "drain", "materials"),
     ("stage0", "stage1"),
-    ("rank", "record", "warmup"),
+    ("rank", "record", "warmup", "failures"),
     ("leader", "follower", "pipeline", "meshleader", "faults", "referee"),
     ("worker", "nursery", "replay"),
 )
