@@ -51,6 +51,7 @@ class Pipeline:
     def __init__(self, context: RankContext, comms: Comms, materials: Materials) -> None:
         self.context = context
         self.comms = comms
+        materials.at = context.doing
         self.stage0 = Stage0(context.config, context.timeline, materials)
         context.open_account()
         self._flying: dict[int, Flight] = {}
