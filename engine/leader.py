@@ -33,6 +33,7 @@ def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: M
         heartbeat.start()
         recorder = Recorder(context.run_dir, config.run.record_latents)
         sinks = context.open_writer()
+        materials.at = context.doing
         stage0 = Stage0(config, context.timeline, materials)
         clock = Clock()
         for _ in range(config.run.chunks) if config.run.chunks else itertools.count():

@@ -19,6 +19,7 @@ from engine.assets import text_encoder_dir, vae_dir
 from engine.codecs.context import ContextBuffers
 from engine.config import VAE_TEMPORAL, EngineConfig
 from engine.errors import CodecError
+from engine.lifecycle import Doing
 from engine.plan import V0, V1, V11A, V11B, ChunkPlan
 from engine.wire.envelope import Envelope
 
@@ -70,6 +71,8 @@ class Materials:
         self.device = device
         self.dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._warn = warn
+        # Told what phase A is at: its source, and then itself again. A loop that says so to others puts its own here.
+        self.at: Callable[[Doing], None] = lambda doing: None
         self.text: TextEncoder | None = None
         self.vae: StreamingVAE | None = None
         if parts.text:
@@ -179,7 +182,9 @@ class Materials:
         if self.source is None or self.vae is None or plan.noise_scale is None:
             raise CodecError("this rank's plan makes latents of a source, but it holds none or no VAE encoder")
         first = plan.current_start_frame == 0
+        self.at(Doing.SOURCE)
         frames_THWC = torch.from_numpy(self.source.take(VAE_TEMPORAL * noise_BFCHW.shape[1] - (3 if first else 0)))
+        self.at(Doing.PREPARE)
         pixels_BTCHW = (frames_THWC.permute(0, 3, 1, 2)[None].float() / 127.5 - 1).to(self.device, self.dtype)
         x0_BFCHW = self.vae.encode_next(pixels_BTCHW)
         scale = plan.noise_scale

@@ -23,6 +23,7 @@ from engine.measures import overlap, stages
 from engine.overlap import Arrival, Comms
 from engine.plan import ChunkPlan
 from engine.rank import RankContext
+from engine.record import decisions
 from engine.recorder import Recorder
 from engine.report import rss_bytes
 from engine.sinks.writer import SinkWriter
@@ -51,6 +52,7 @@ class Pipeline:
     def __init__(self, context: RankContext, comms: Comms, materials: Materials) -> None:
         self.context = context
         self.comms = comms
+        materials.at = context.doing
         self.stage0 = Stage0(context.config, context.timeline, materials)
         context.open_account()
         self._flying: dict[int, Flight] = {}
@@ -241,20 +243,10 @@ class Pipeline:
     def _record(
         self, flight: Flight, result: Result, tRecv_ms: float, feed: dict[str, float], arrival: Arrival
     ) -> None:
-        plan, tEmit_ms = flight.plan, self._now_ms()
+        tEmit_ms = self._now_ms()
         d_in, d_out = self.comms.depths()
         record: dict[str, Any] = {
-            "chunk_index": plan.chunk_index,
-            "call_id": result.call_id,
-            "cache_epoch": plan.cache_epoch,
-            "control_epoch": plan.control_epoch,
-            "current_start_frame": plan.current_start_frame,
-            "do_kv_recompute": plan.do_kv_recompute,
-            "num_denoise_steps": plan.num_denoise_steps,
-            "kv_cache_attention_bias": plan.kv_cache_attention_bias,
-            "init_cache": plan.init_cache,
-            "reset_crossattn_cache": plan.reset_crossattn_cache,
-            "expected_generator_calls": plan.expected_calls,
+            **decisions(flight.plan, result.call_id),
             "observed_generator_calls": result.observed_generator_calls,
             "output_digest_i64": result.output_digest_i64,
             "t_a_ms": flight.tA1_ms - flight.tA0_ms,

@@ -5,26 +5,33 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from engine.plan import ChunkPlan
 from engine.report import rss_bytes
 from engine.stage1 import MeshResult
 from engine.wire.envelope import Envelope
 
 
-def chunk_record(envelope: Envelope, call_id: int, result: MeshResult, times: dict[str, Any]) -> dict[str, Any]:
-    plan = envelope.plan
+def decisions(plan: ChunkPlan, call_id: int) -> dict[str, Any]:
+    """What was decided of a chunk before its phase B, and under which call: in every record of it, whoever keeps it."""
     return {
         "chunk_index": plan.chunk_index,
         "call_id": call_id,
         "cache_epoch": plan.cache_epoch,
         "control_epoch": plan.control_epoch,
         "current_start_frame": plan.current_start_frame,
-        "start_frame": result.start_frame,
         "do_kv_recompute": plan.do_kv_recompute,
         "num_denoise_steps": plan.num_denoise_steps,
         "kv_cache_attention_bias": plan.kv_cache_attention_bias,
         "init_cache": plan.init_cache,
         "reset_crossattn_cache": plan.reset_crossattn_cache,
         "expected_generator_calls": plan.expected_calls,
+    }
+
+
+def chunk_record(envelope: Envelope, call_id: int, result: MeshResult, times: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **decisions(envelope.plan, call_id),
+        "start_frame": result.start_frame,
         "observed_generator_calls": result.observed_generator_calls,
         "input_digest_i64": result.input_digest_i64,
         "output_digest_i64": result.output_digest_i64,

@@ -6,7 +6,6 @@ puts the options themselves in its place: every command has the same ones, spelt
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import os
@@ -20,6 +19,7 @@ import typer
 from engine.config import Loaded, dotted_keys, load
 from engine.errors import ConfigError
 from tpctl import complete
+from tpctl.nearest import hint, nearest
 from tpctl.output import Format, Output
 
 OutputOption = Annotated[Format, typer.Option("-o", "--output", help="How to print the result.")]
@@ -82,11 +82,10 @@ def parse_sets(pairs: Sequence[str] | None) -> dict[str, Any]:
                 next_step=f"tpctl config check --set {pair}=VALUE",
             )
         if dotted not in known:
-            near = difflib.get_close_matches(dotted, known, n=1)
             raise ConfigError(
-                f"--set: unknown key '{dotted}'" + (f"; did you mean '{near[0]}'?" if near else ""),
+                f"--set: unknown key '{dotted}'{hint(dotted, known)}",
                 code="TP-1008",
-                evidence={"key": dotted, "nearest": near[0] if near else None},
+                evidence={"key": dotted, "nearest": nearest(dotted, known)},
                 next_step="tpctl config show",
             )
         overrides[dotted] = value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,7 @@ from tpctl.evidence import find_runs
 from tpctl.jobs import place
 from tpctl.jobs.place import JobDir
 from tpctl.jobs.record import JobRecord
+from tpctl.nearest import hint
 
 TargetArgument = Annotated[
     str, typer.Argument(help="A run directory, or a job's name; tpctl ps lists them.", metavar="RUN|JOB")
@@ -50,9 +50,8 @@ def find_target(text: str, attempt: int | None = None) -> Target:
         return Target(runs[0].name, runs[0])
     known = place.names()
     if not place.NAME.fullmatch(text) or text not in known:
-        near = difflib.get_close_matches(text, known, n=1)
         raise RunError(
-            f"there is neither a run directory nor a job '{text}'" + (f"; did you mean '{near[0]}'?" if near else ""),
+            f"there is neither a run directory nor a job '{text}'{hint(text, known)}",
             code="TP-7800",
             evidence={"jobs_in": place.jobs_root()},
             next_step="tpctl ps --all",

@@ -15,12 +15,11 @@ import io
 import math
 import re
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import SinkError
-from engine.sinks.mp4 import pick_encoder
+from engine.sinks.encoder import add_stream, pick_encoder
 from engine.sinks.staged import Staged, disk_error, replace_file
 
 if TYPE_CHECKING:
@@ -210,12 +209,7 @@ class _Segment:
         self._container: Any = av.open(
             self._raw, mode="w", format="mpegts", options={"fflags": "+bitexact", "flush_packets": "1"}
         )
-        stream: Any = self._container.add_stream(encoder, rate=fps, options={**ENCODERS[encoder]})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.codec_context.thread_count = 1
-        stream.codec_context.time_base = Fraction(1, fps)
-        stream.codec_context.flags |= av.codec.context.Flags.bitexact
-        self._stream = stream
+        self._stream = add_stream(self._container, encoder, ENCODERS[encoder], height=height, width=width, fps=fps)
 
     def encode(self, pixels_THWC: np.ndarray) -> None:
         """One chunk, which begins with a key frame."""

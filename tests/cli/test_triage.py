@@ -18,6 +18,8 @@ from tests.cli.conftest import validated
 from tests.cli.test_surface import _examples
 from tests.support.ranks import run_ranks, start_ranks
 from tpctl.commands import triage as command
+from tpctl.evidence import gather
+from tpctl.examination import examine
 from tpctl.output import cell, plain_table
 from tpctl.verdict import Verdict
 
@@ -46,13 +48,13 @@ def killed(weights_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     run = tmp_path_factory.mktemp("triage") / "killed"
     with start_ranks(run, make_config(weights_cache, 10_000)) as job:
         job.wait_for(lambda: job.reached(1, "leave B", 1), "chunk 1 on rank 1")
-        alive = command.examine(run)
+        alive = examine(run)
         assert (alive.found.verdict, alive.found.kind) == (Verdict.UNKNOWN, "running")
         assert "the job still lives (rank 0, 1)" in alive.notes[0]
         assert len(alive.stacks) == (2 if shutil.which("py-spy") else 0)
         job.processes[1].send_signal(signal.SIGSTOP)
-        job.wait_for(lambda: command.gather(run).ranks[1].life == "stopped", "the stop")
-        stopped = command.examine(run).found
+        job.wait_for(lambda: gather(run).ranks[1].life == "stopped", "the stop")
+        stopped = examine(run).found
         assert (stopped.verdict, stopped.triggers, stopped.fm) == (Verdict.FAIL, (1,), "FM-41")
         os.kill(job.processes[1].pid, signal.SIGKILL)
         outcome = job.end(60)
@@ -88,7 +90,7 @@ def test_the_killed_rank_is_named_and_its_peer_is_a_victim(cli, killed: Path) ->
 
 
 def test_the_tables_fit_a_terminal_of_80_columns(killed: Path) -> None:
-    case = command.examine(killed)
+    case = examine(killed)
     for table in (command.table_of_ranks(case), command.table_of_runs([case])):
         narrow = [column for column in table.columns if column.narrow]
         cells = [[cell(row.get(column.key)) for column in narrow] for row in table.rows]
@@ -244,7 +246,7 @@ def test_random_damage_neither_crashes_nor_convicts_the_wrong_rank(killed: Path,
                 for _ in range(dice.choice((1, 8, 400))):
                     raw[dice.randrange(len(raw))] = dice.randrange(256)
                 path.write_bytes(raw)
-        case = command.examine(run)
+        case = examine(run)
         assert case.found.verdict is not Verdict.PASS, number
         assert set(case.found.triggers) <= {1}, (number, case.found)
         json.dumps(case.to_dict())
@@ -273,7 +275,7 @@ def test_stacks_come_from_py_spy_where_it_is(
     with start_ranks(tmp_path / "run", make_config(weights_cache, 10_000)) as job:
         for rank in (0, 1):
             job.wait_for(rank_file(tmp_path / "run", "blackbox", rank).exists, "the black boxes")
-        case = command.examine(tmp_path / "run")
+        case = examine(tmp_path / "run")
         pids = {rank: process.pid for rank, process in job.processes.items()}
     assert {stack["rank"]: stack["lines"] for stack in case.stacks} == {
         rank: [f"Process {pid}: --nonblocking"] for rank, pid in pids.items()

@@ -5,16 +5,19 @@ Time is scaled: each wait is 5 watchdogs long.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.blackbox import BlackBoxError, Collective, read_box
 from engine.config import EngineConfig, from_dict
 from engine.lifecycle import Doing
+from tests.cpu.test_video_source import film
 from tests.support.ranks import Job, start_ranks
 from tests.support.refereed import referee
 from tpctl.jobs.health import Health, JobState, judge
@@ -130,6 +133,36 @@ def test_an_idle_stream_and_a_slow_sink_end_nobody(weights_cache: Path, tmp_path
     assert calls[4] - calls[3] > enough
     assert calls[3] - calls[0] < 3 * enough
     assert beside.record is None
+
+
+def read_a_gate_first() -> None:
+    """A plant: a source whose bytes are not there yet. The pipe beside it gives them when somebody opens it."""
+    from engine.sources.video import VideoSource
+
+    take = VideoSource.take
+
+    def late(source: VideoSource, count: int) -> Any:
+        if not source._given:
+            source.path.with_suffix(".gate").read_bytes()
+        return take(source, count)
+
+    VideoSource.take = late  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("plan", "tp"), [("v1_generator_only", 2), ("pp0", 1)])
+def test_a_stream_that_waits_for_its_source_says_so(plan: str, tp: int, weights_cache: Path, tmp_path: Path) -> None:
+    video = film(tmp_path / "a.mp4", 30)
+    gate = video.with_suffix(".gate")
+    os.mkfifo(gate)
+    config = make_config(weights_cache, plan__tp_plan=plan, plan__tp=tp, source__video=str(video), run__chunks=2)
+    plants = {0: "tests.cpu.test_endurance:read_a_gate_first"}
+    with start_ranks(tmp_path / "run", config, plants=plants) as job:
+        impatient = config.replace(liveness__phase_budget_s=0.5)
+        job.wait_for(lambda: judged(job, impatient).starved_by is Doing.SOURCE, "starved by its source", 30)
+        assert "the mesh waits for its source" in judged(job, impatient).findings[-1].message
+        gate.write_bytes(b"")
+        outcome = job.end()
+    assert outcome.exit_codes == {0: 0, 1: 0}, outcome.stderr
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from engine.assets import vae_dir
 from engine.codecs.vae import StreamingVAE
 from engine.config import EngineConfig, from_dict
 from engine.errors import CodecError, ConfigError, SourceError
+from engine.lifecycle import Doing
 from engine.materials import PARTS, Materials
 from engine.plan import V0, V1, V11A, V11B
 from engine.sources.video import VideoSource
@@ -267,7 +268,10 @@ def test_a_hard_cut_goes_on_in_the_video(weights_cache: Path, tmp_path: Path) ->
 
     config = make_config(weights_cache, film(tmp_path / "a.mp4", 30))
     job = Job(config, tmp_path, Timeline((Event(0, "a boat"), Event(1, cut=True))))
+    at: list[Doing] = []
+    job.materials.at = at.append
     first, _, _ = job.chunk()
+    assert at == [Doing.SOURCE, Doing.PREPARE]  # whoever reads the source says when it is at it, and when no more
     second, _, _ = job.chunk()
     assert second.plan.current_start_frame == 0
     assert first.tensors["renoise"].equal(second.tensors["renoise"])  # the noise repeats

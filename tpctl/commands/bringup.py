@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ from tpctl.matrix.html import render
 from tpctl.matrix.progress import watcher
 from tpctl.matrix.runner import CaseResult, Runner, make_assets
 from tpctl.output import Column, Envelope, Output, Table, to_json
+from tpctl.rundir import new_run_dir
 from tpctl.verdict import Coverage, Verdict, worst
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -82,7 +82,7 @@ def bringup(
     for path in (junit, html):
         if path is not None and not path.resolve().parent.is_dir():
             raise CliError(f"cannot write {path}: its directory does not exist", next_step=f"mkdir -p {path.parent}")
-    directory = new_run_dir(run_dir)
+    directory = new_run_dir(run_dir, "bringup")
     out.say(f"run directory: {directory}")
     if any(item.kind == "drill" or (item.kind == "run" and item.expect == "pass") for item in chosen.cases):
         out.say("making weights and tokenizer, where they are not there yet")
@@ -133,19 +133,6 @@ def run_all(
     finally:
         signal.signal(signal.SIGTERM, before)
     return results, False
-
-
-def new_run_dir(wanted: Path | None) -> Path:
-    """Made, empty of earlier results. Raises CliError for one that was used before."""
-    directory = wanted or Path("runs") / datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ-bringup")
-    if (directory / "result.json").exists() or (directory / "config.toml").exists():
-        raise CliError(
-            f"{directory} holds an earlier run, which would mix with this one",
-            code="TP-7005",
-            next_step="choose another --run-dir, or leave it out",
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
 
 
 def with_baseline(result: CaseResult, reference: dict[str, Any], here: dict[str, str]) -> CaseResult:

@@ -15,7 +15,7 @@ from tpctl.bundle import archive, source
 from tpctl.bundle.collect import MIB, Collector
 from tpctl.bundle.compare import Row, compare, judge
 from tpctl.bundle.manifest import Manifest, Status
-from tpctl.commands.triage import examine
+from tpctl.examination import examine
 from tpctl.exitcodes import for_verdict
 from tpctl.output import Column, Envelope, Output, Table
 from tpctl.verdict import Finding, Verdict

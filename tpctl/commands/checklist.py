@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +14,9 @@ from tpctl.books.checklist import Checklist, Item, Mode, load, load_all, page
 from tpctl.books.execute import Commands
 from tpctl.books.place import BookError
 from tpctl.books.walk import Answer, Walked, keep, prepare, walk
-from tpctl.commands.bringup import new_run_dir
 from tpctl.exitcodes import ExitCode, for_verdict
 from tpctl.output import Column, Envelope, Output, Table
+from tpctl.rundir import new_run_dir
 from tpctl.verdict import Coverage, Finding, Verdict, worst
 
 app = typer.Typer(
@@ -121,7 +120,7 @@ def run(
             next_step="the same command with --yes",
         )
     given = {name: str(path.resolve()) for name, path in (("run", run), ("pp", pp)) if path is not None}
-    directory = new_run_dir(record or Path("runs") / datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ-checklist"))
+    directory = new_run_dir(record, "checklist")
     commands = Commands(given, makes=True)
     out.say("running the drills that these items name, once for all")
     prepare(chosen, commands, directory / "drills")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tpctl import complete, options
-from tpctl.commands.bringup import new_run_dir
 from tpctl.drill import table
 from tpctl.drill.judge import Result
 from tpctl.drill.ranks import Nursery
@@ -19,6 +17,7 @@ from tpctl.drill.table import Drill
 from tpctl.exitcodes import for_verdict
 from tpctl.matrix.runner import make_assets
 from tpctl.output import Column, Envelope, Output, Table, to_json
+from tpctl.rundir import new_run_dir
 from tpctl.verdict import Coverage, Verdict, worst
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -52,7 +51,7 @@ def drill(
         print_list(out, chosen)
         return
     base = given.resolve().config
-    directory = new_run_dir(run_dir or Path("runs") / datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ-drill")).resolve()
+    directory = new_run_dir(run_dir, "drill").resolve()
     out.say(f"run directory: {directory}")
     make_assets(base, directory)
     results: list[Result] = []

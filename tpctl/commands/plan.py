@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 from tpctl import options
 from tpctl.errors import CliError
 from tpctl.exitcodes import for_verdict
+from tpctl.nearest import hint
 from tpctl.output import Column, Envelope, Output, Table
 from tpctl.planner.devices import DEVICES, Device, measured_host, this_host
 from tpctl.planner.estimate import GB, HEADROOM, Estimate, Pace, estimates
@@ -87,9 +87,8 @@ def find(name: str, measure: bool) -> Device:
     if name == "cpu":
         return measured_host() if measure else this_host()
     if name not in DEVICES:
-        near = difflib.get_close_matches(name, ["cpu", *DEVICES], n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise CliError(f"there is no device '{name}'{hint} Known: cpu, {', '.join(DEVICES)}", next_step="tpctl plan")
+        near = hint(name, ["cpu", *DEVICES])
+        raise CliError(f"there is no device '{name}'{near} Known: cpu, {', '.join(DEVICES)}", next_step="tpctl plan")
     return DEVICES[name]
 
 

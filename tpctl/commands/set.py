@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 from typing import Annotated
 
 import typer
@@ -11,6 +10,7 @@ import typer
 from tpctl import options
 from tpctl.errors import CliError
 from tpctl.jobs.steer import IdOption, TimeoutOption, steer
+from tpctl.nearest import hint
 from tpctl.output import Output
 
 KEYS = ("bias", "recompute", "paused")
@@ -42,9 +42,8 @@ def _parsed(pair: str) -> tuple[str, float | bool]:
     """Raises CliError: an unknown key, or a value of the wrong kind."""
     key, _, text = pair.partition("=")
     if key not in KEYS:
-        near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.4)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise CliError(f"'{key}' cannot change while a job runs{hint}", code="TP-7623", next_step="tpctl set --help")
+        near = hint(key, KEYS, cutoff=0.4)
+        raise CliError(f"'{key}' cannot change while a job runs{near}", code="TP-7623", next_step="tpctl set --help")
     if key != "bias" and text in ("true", "false"):
         return key, text == "true"
     if key == "bias":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from engine.plan import PP_PLANS, V1, canonical_plan
 from tpctl.errors import MatrixError
+from tpctl.nearest import hint
 
 TP_EVERYWHERE = 4
 # The four break-it tests of the crosswalk: anti-stranding, call-count mismatch, flag mismatch, stale epoch. One of
@@ -125,8 +125,9 @@ def select(drills: Sequence[Drill], wanted: Sequence[str]) -> tuple[Drill, ...]:
     for name in [one for given in wanted for one in (STANDARD if given == STANDARD_NAME else (given,))]:
         found = {drill.id: drill for drill in drills if drill.id == name or drill.id.startswith(name + ".")}
         if not found:
-            near = difflib.get_close_matches(name, [drill.id for drill in drills], n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise MatrixError(f"there is no drill '{name}'{hint}", code="TP-7310", next_step="tpctl drill --list")
+            ids = [drill.id for drill in drills]
+            raise MatrixError(
+                f"there is no drill '{name}'{hint(name, ids)}", code="TP-7310", next_step="tpctl drill --list"
+            )
         chosen |= found
     return tuple(chosen.values()) if wanted else tuple(drills)

@@ -12,7 +12,6 @@ STATE/jobs/NAME/            0700
 
 from __future__ import annotations
 
-import difflib
 import fcntl
 import os
 import re
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpctl.errors import JobError, NoJobError
+from tpctl.nearest import hint
 
 STATE_VARIABLE = "TPCTL_STATE_DIR"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -103,9 +103,8 @@ def find(name: str) -> JobDir:
     check_name(name)
     job = JobDir(jobs_root() / name)
     if not job.path.is_dir():
-        near = difflib.get_close_matches(name, names(), n=1)
         raise NoJobError(
-            f"there is no job '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""),
+            f"there is no job '{name}'{hint(name, names())}",
             evidence={"looked_in": job.path.parent},
         )
     check_owner(job.path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 import shlex
@@ -20,6 +19,7 @@ from tpctl.errors import MatrixError
 from tpctl.matrix import ppgates as _  # noqa: F401 - its gates are among GATES once it is imported
 from tpctl.matrix.case import Case
 from tpctl.matrix.gates import GATES
+from tpctl.nearest import hint
 
 DEFAULT_LEVEL = 2
 KINDS = ("run", "parity")
@@ -67,7 +67,7 @@ class Matrix:
             if name not in known:
                 matching = fnmatch.filter(known, name)
                 if not matching:
-                    raise MatrixError(f"{self.path}: there is no case '{name}'{_near(name, known)}", code="TP-7302")
+                    raise MatrixError(f"{self.path}: there is no case '{name}'{hint(name, known)}", code="TP-7302")
                 queue += matching
             elif name not in wanted:
                 wanted.add(name)
@@ -104,7 +104,7 @@ def load_matrix(path: Path) -> Matrix:
         for name in case.needs():
             if name not in seen:
                 raise MatrixError(
-                    f"{where}: case '{case.id}' refers to '{name}', which does not stand before it{_near(name, seen)}",
+                    f"{where}: case '{case.id}' refers to '{name}', which does not stand before it{hint(name, seen)}",
                     code="TP-7305",
                 )
         seen.append(case.id)
@@ -152,16 +152,16 @@ def _case(row: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> Ca
             raise MatrixError(f"{where}: {key} must be one of {', '.join(choices)}, is {merged[key]!r}", code="TP-7306")
     plan = canonical_plan(str(merged.get("plan", Case.plan)))
     if plan not in PLANS:
-        raise MatrixError(f"{where}: unknown plan '{plan}'{_near(plan, PLANS)}", code="TP-7307")
+        raise MatrixError(f"{where}: unknown plan '{plan}'{hint(plan, PLANS)}", code="TP-7307")
     gates = tuple(merged.get("gates", ()))
     for gate in gates:
         if gate not in GATES:
-            raise MatrixError(f"{where}: unknown gate '{gate}'{_near(str(gate), GATES)}", code="TP-7308")
+            raise MatrixError(f"{where}: unknown gate '{gate}'{hint(str(gate), GATES)}", code="TP-7308")
     if not gates and merged.get("kind", "run") == "run":
         raise MatrixError(f"{where}: a case without gates proves nothing; known: {', '.join(GATES)}", code="TP-7308")
     for key in merged["config"]:
         if key not in dotted_keys():
-            raise MatrixError(f"{where}: unknown key '{key}'{_near(key, dotted_keys())}", code="TP-7309")
+            raise MatrixError(f"{where}: unknown key '{key}'{hint(key, dotted_keys())}", code="TP-7309")
     events = tuple(merged.get("event", ()))
     if events:
         Timeline.from_events(events, where)
@@ -188,9 +188,4 @@ def _only(data: Any, known: Sequence[str], where: str) -> None:
         raise MatrixError(f"{where}: must be a table", code="TP-7306")
     for key in data:
         if key not in known:
-            raise MatrixError(f"{where}: unknown key '{key}'{_near(key, known)}", code="TP-7301")
-
-
-def _near(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
+            raise MatrixError(f"{where}: unknown key '{key}'{hint(key, known)}", code="TP-7301")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from importlib import resources
 from typing import Any
 
 from tpctl.errors import CliError
+from tpctl.nearest import hint
 
 FOLDER = resources.files(__name__)
 
@@ -20,9 +20,7 @@ def names() -> list[str]:
 def load_schema(name: str) -> dict[str, Any]:
     """One schema as data. Raises CliError for a name that is not published."""
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise CliError(f"there is no schema '{name}'{hint}", next_step="tpctl schema")
+        raise CliError(f"there is no schema '{name}'{hint(name, names())}", next_step="tpctl schema")
     text = (FOLDER / f"{name}.json").read_text(encoding="utf-8")
     schema: dict[str, Any] = json.loads(text)
     return schema
