@@ -74,7 +74,7 @@ CODES: dict[str, CodeGroup] = {
     "TP-32": CodeGroup(None, "hang-at-start", first=True),
     "TP-3301": CodeGroup(None, "parity-mismatch"),
     "TP-40": CodeGroup(None, "hang-at-start"),
-    "TP-45": CodeGroup(None, "out-of-memory"),
+    "TP-4501": CodeGroup(None, "out-of-memory"),
     "TP-51": CodeGroup(None, "sink-full"),
     # Waited in vain for a rank that said nothing.
     "TP-6401": CodeGroup("FM-41", "rank-frozen"),

@@ -26,7 +26,6 @@ from tpctl.books.checklist import Item, load_all
 from tpctl.books.execute import BRINGUP, Commands, Ran
 from tpctl.books.walk import judge as judge_item
 from tpctl.commands.drill import envelope_of
-from tpctl.commands.schema import load_schema
 from tpctl.drill import table
 from tpctl.drill.judge import Result, judge
 from tpctl.drill.ranks import Nursery
@@ -35,9 +34,11 @@ from tpctl.exitcodes import for_verdict
 from tpctl.matrix.cases import builtin
 from tpctl.matrix.gates import evaluate
 from tpctl.matrix.metrics import metrics
-from tpctl.matrix.observation import Observation, read_reports
+from tpctl.matrix.observation import Observation
 from tpctl.matrix.runner import make_assets
 from tpctl.output import plain
+from tpctl.reports import read_reports
+from tpctl.schemas import load_schema
 from tpctl.verdict import Verdict
 
 pytestmark = pytest.mark.timeout(600)

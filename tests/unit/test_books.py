@@ -19,10 +19,10 @@ from tpctl.books.perform import judge as judge_block
 from tpctl.books.place import RUNBOOKS, BookError
 from tpctl.books.symbol import resolve
 from tpctl.books.walk import Answer, Walked, judge
-from tpctl.commands.schema import load_schema
 from tpctl.drill import table
 from tpctl.failuremodes import CODES, FAILURE_MODES, LINK_LOST, has_runbook, runbook_id
 from tpctl.lazy import MODULES
+from tpctl.schemas import load_schema
 from tpctl.triage import Triage
 from tpctl.verdict import Verdict
 

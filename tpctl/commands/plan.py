@@ -88,7 +88,9 @@ def find(name: str, measure: bool) -> Device:
         return measured_host() if measure else this_host()
     if name not in DEVICES:
         near = hint(name, ["cpu", *DEVICES])
-        raise CliError(f"there is no device '{name}'{near} Known: cpu, {', '.join(DEVICES)}", next_step="tpctl plan")
+        raise CliError(
+            f"there is no device '{name}'{near or '.'} Known: cpu, {', '.join(DEVICES)}", next_step="tpctl plan"
+        )
     return DEVICES[name]
 
 

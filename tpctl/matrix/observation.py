@@ -8,8 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpctl.reports import read_reports  # noqa: F401 - the drills of the books look for it here
-
 if TYPE_CHECKING:
     import numpy as np
 
