@@ -49,6 +49,7 @@ class Stage1:
         self, dit: DiT, kv: KVCache, cross: CrossAttnCache, mesh: Group, config: EngineConfig, blackbox: BlackBox
     ) -> None:
         self.dit = dit
+        self.blocks = dit.run
         self.kv = kv
         self.cross = cross
         self.mesh = mesh
@@ -106,7 +107,7 @@ class Stage1:
             output_digest,
             t_b_ms,
             (self.mesh.waited_ns - waited_ns) / 1e6 if blocks else None,
-            self.dit.run.graphs,
+            self.blocks.graphs,
             *indices,
             began_ns,
         )
@@ -262,7 +263,7 @@ class Stage1:
             cache = tripwires.lifecycle(plan, ids["call_id"], self.kv.global_end_index[0], self.kv.local_end_index[0])
         finite = torch.stack([*self._finite, tripwires.finite(latents_BFCHW)]).tolist()
         first_bad = finite.index(False) + 1 if False in finite else 0
-        graphs = self.dit.run.graphs
+        graphs = self.blocks.graphs
         rows = self.gather([self._calls, first_bad, self.mesh.ledger.value(), digest, graphs, *cache])
         tripwires.raise_first(
             [

@@ -62,7 +62,7 @@ def agree_on_graphs(stage1: Stage1) -> None:
     Raises:
         TripwireError: graphs or graph breaks differ over the ranks (FM-50), or are not as expected on any (FM-51).
     """
-    blocks, mesh, model = stage1.dit.run, stage1.mesh, stage1.config.model
+    blocks, mesh, model = stage1.blocks, stage1.mesh, stage1.config.model
     made, breaks = blocks.graphs, blocks.breaks
     rows = stage1.gather([made, len(breaks)])
     reasons = {"reasons": [f"{why} (x {times})" for why, times in Counter(breaks).most_common(REASONS_TOLD)]}
@@ -90,7 +90,7 @@ def agree_on_graphs(stage1: Stage1) -> None:
 
 def facts(stage1: Stage1, compile_s: float) -> dict[str, Any]:
     """For the rank's report."""
-    blocks = stage1.dit.run
+    blocks = stage1.blocks
     return {"graphs": blocks.graphs, "graph_breaks": len(blocks.breaks), "compile_s": round(compile_s, 3)}
 
 
