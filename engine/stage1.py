@@ -97,7 +97,7 @@ class Stage1:
         gate.phase = Phase.LINK
         self._blackbox.commit("leave B", self.mesh.name, gate.ids)
         t_b_ms = (time.monotonic_ns() - began_ns) / 1e6
-        blocks = latents_BFCHW.device.type == "cpu"
+        on_cpu = latents_BFCHW.device.type == "cpu"
         indices = tuple(self.kv.global_end_index), tuple(self.kv.local_end_index)
         return MeshResult(
             latents_BFCHW,
@@ -106,7 +106,7 @@ class Stage1:
             input_digest,
             output_digest,
             t_b_ms,
-            (self.mesh.waited_ns - waited_ns) / 1e6 if blocks else None,
+            (self.mesh.waited_ns - waited_ns) / 1e6 if on_cpu else None,
             self.blocks.graphs,
             *indices,
             began_ns,
