@@ -73,7 +73,9 @@ class RankContext:
         self.records.append(record, result.global_end_index, result.local_end_index)
 
     def keep_record(self, record: dict[str, Any]) -> None:
-        """One chunk, for the report, the log and, on rank 0, the metrics."""
+        """One chunk, for the report, the log and, on rank 0, the metrics; there with its wait for the sinks."""
+        if self.writer is not None:
+            record["t_sink_ms"] = self.writer.waited_ms()
         self.report.keep(record)
         self._log_chunk(record)
         if self.metrics is not None:

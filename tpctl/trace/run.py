@@ -13,13 +13,14 @@ from engine.blackbox import Commitment, Contents
 from engine.config import EngineConfig, load
 from engine.errors import EngineError
 from engine.lifecycle import RankState
-from engine.measures import Overlap, overlap
+from engine.measures import Overlap, SendAfterDecode, overlap, send_after_decode
 from engine.records import RecordsError, read_records, read_stages
 from tpctl.errors import RunError
 from tpctl.evidence import gather
 from tpctl.matrix.observation import read_reports
 from tpctl.trace.bars import Bar, Kind, Lane, depths, link_bars, mesh_bars, stage0_bars
 from tpctl.trace.clocks import HOME, Shift, across_link, across_mesh, one_clock
+from tpctl.trace.stages import Stages, stages
 
 STATES = [state.value for state in RankState]
 
@@ -50,13 +51,16 @@ class RankLine:
 
 @dataclass(frozen=True)
 class Run:
-    """All of it. `counters` are queue depths over time, in pp; `overlap` is None where the plan or the run has none."""
+    """All of it. `counters` are queue depths over time, in pp. `overlap` is None where the plan or the run has none,
+    `held_back` where its signature could not show, `stages` without a chunk after the warm-up."""
 
     run_dir: Path
     tp_plan: str | None
     ranks: tuple[RankLine, ...]
     counters: Mapping[str, Sequence[tuple[int, int]]]
     overlap: Overlap | None
+    held_back: SendAfterDecode | None
+    stages: Stages | None
     alive: bool
     problems: tuple[str, ...]
 
@@ -94,16 +98,17 @@ def read_run(run_dir: Path, last: int = 0) -> Run:
     lines = _on_one_clock(lines, rows, loops)
     stage0, loop_ns = rows.get(0, ()), loops.get(0)
     counters: Mapping[str, Sequence[tuple[int, int]]] = {}
-    measured = None
+    measured = held_back = None
     if loop_ns is not None and stage0:
         leader = next((line for line in lines if line.role == "stage1+leader"), None)
         under_way = link_bars(lines[0].bars, leader.bars if leader else (), stage0, loop_ns)
         lines[0] = replace(lines[0], bars=(*lines[0].bars, *under_way))
-        counters, measured = depths(stage0, loop_ns), _overlap(stage0)
+        counters, measured, held_back = depths(stage0, loop_ns), _overlap(stage0), _held_back(stage0)
     if last:
         lines, counters = _tail(lines, counters, last)
     plan = config.plan.tp_plan if config else next((r.get("tp_plan") for r in reports.values()), None)
-    return Run(run_dir, plan, tuple(lines), counters, measured, seen.alive, tuple(problems))
+    spent = stages(stage0)
+    return Run(run_dir, plan, tuple(lines), counters, measured, held_back, spent, seen.alive, tuple(problems))
 
 
 def _config(run_dir: Path) -> EngineConfig | None:
@@ -218,6 +223,12 @@ def _on_one_clock(
 def _overlap(rows: Sequence[Mapping[str, Any]]) -> Overlap | None:
     with contextlib.suppress(KeyError, TypeError):
         return overlap(rows)
+    return None
+
+
+def _held_back(rows: Sequence[Mapping[str, Any]]) -> SendAfterDecode | None:
+    with contextlib.suppress(KeyError, TypeError):
+        return send_after_decode(rows)
     return None
 
 
