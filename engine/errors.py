@@ -15,6 +15,7 @@
     ├── CodecError             70  TP-50xx  text encoder or VAE
     ├── SinkError              70  TP-51xx  the output cannot be written
     ├── SourceError            70  TP-515x  the input video cannot be read; 77 if that is found at start-up
+    ├── ShortageError          70  TP-66xx  a rank asked for memory in vain
     └── TripwireError          70  TP-60xx  a check of the contract failed (section 9)
         └── CallCountError     70  TP-61xx  planned, expected and observed generator calls differ (FM-02)
 
@@ -163,6 +164,11 @@ class SinkError(EngineError):
 
 class SourceError(EngineError):
     code = "TP-5153"
+
+
+class ShortageError(EngineError):
+    code = "TP-6601"
+    next_step = "tpctl plan"
 
 
 class TripwireError(EngineError):

@@ -76,6 +76,7 @@ CODES: dict[str, CodeGroup] = {
     "TP-6401": CodeGroup("FM-41", "rank-frozen"),
     "TP-6402": CodeGroup("FM-41", "rank-frozen"),
     "TP-6404": CodeGroup(None, "drain-stuck"),
+    "TP-66": CodeGroup(None, "out-of-memory"),
     # Told to leave: nobody's fault, and the stream is to be begun again.
     "TP-6403": CodeGroup(None, "restore"),
 }

@@ -34,6 +34,7 @@ from engine.faults.acts import (
     terminate,
     truncate,
 )
+from engine.faults.memory import exhaust
 from engine.faults.places import after_call, in_phase_b, on_the_wire, prepared, received, while_peers_wait
 from engine.faults.pplink import (
     astray_in_phase_b,
@@ -98,6 +99,7 @@ FAULTS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
         "OM-24.twice": in_phase_b(terminate(2)),
         "OM-25": after_call(nan),
         "OM-26": fill_the_disk,
+        "OM-28": in_phase_b(exhaust),
     }
 )
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from engine import tripwires
+from engine import memory, tripwires
 from engine.comm import group, p2p, pair, parity, transport
 from engine.errors import CommError
 from engine.faults.scene import Method, wrap
@@ -184,6 +184,10 @@ def _no_staging(rank: int) -> None:
     blind(staged.Staged, "discard")
 
 
+def _no_name_for_a_shortage(rank: int) -> None:
+    wrap(memory, "named", lambda _: lambda error, context: error)
+
+
 def _parity_off(rank: int) -> None:
     blind(parity, "check")
 
@@ -220,6 +224,7 @@ UNGUARD: Mapping[str, Callable[[int], None]] = MappingProxyType(
         "OM-24.twice": _no_signal_handler,
         "OM-25": _no_finite_check,
         "OM-26": _no_staging,
+        "OM-28": _no_name_for_a_shortage,
         **dict.fromkeys((name for name in FAULTS if name.startswith(("OM-13", "OM-14", "OM-15"))), _no_liveness),
         **dict.fromkeys((name for name in FAULTS if name.startswith("OM-21")), _trusting_receiver),
     }

@@ -53,7 +53,18 @@ def explain(result: Result) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    ["OM-01", "OM-03.worker", "OM-05", "OM-06", "OM-11", "OM-11.middle", "OM-13.header", "OM-15.phase-b", "OM-18.back"],
+    [
+        "OM-01",
+        "OM-03.worker",
+        "OM-05",
+        "OM-06",
+        "OM-11",
+        "OM-11.middle",
+        "OM-13.header",
+        "OM-15.phase-b",
+        "OM-18.back",
+        "OM-28",
+    ],
 )
 def test_drill(name: str, nursery: Nursery, base: EngineConfig, tmp_path: Path) -> None:
     result = DrillRunner(nursery, base, tmp_path).run(DRILLS[name])
@@ -71,7 +82,7 @@ def test_the_referees_record_answers_by_its_schema(
     assert result.verdict is Verdict.PASS, explain(result)
 
 
-@pytest.mark.parametrize("name", ["OM-12", "OM-18.back", "OM-19", "OM-20", "OM-26"])
+@pytest.mark.parametrize("name", ["OM-12", "OM-18.back", "OM-19", "OM-20", "OM-26", "OM-28"])
 def test_without_its_guard_a_drill_fails(name: str, nursery: Nursery, base: EngineConfig, tmp_path: Path) -> None:
     result = DrillRunner(nursery, base, tmp_path).run(DRILLS[name], without_guard=True)
     assert result.verdict is Verdict.PASS, explain(result)

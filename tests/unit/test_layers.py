@@ -35,7 +35,7 @@ ROOMS = (
     ("model", "codecs", "sinks", "sources", "tripwires", "seeded", "assets", "recorder", "sampling", "evidence"),
     ("overlap", "streams", "watchdog", "drain", "materials"),
     ("stage0", "stage1"),
-    ("rank", "record"),
+    ("rank", "record", "memory"),
     ("leader", "follower", "pipeline", "meshleader", "faults", "referee"),
     ("worker", "nursery", "replay"),
 )
