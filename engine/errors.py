@@ -11,11 +11,11 @@
     │   ├── JoinError          75  TP-32xx  a rank that never joined
     │   ├── ParityError        75  TP-33xx  ranks differ in configuration, versions, backends or shapes
     │   └── PeerError          73  TP-34xx  the peer said ERROR
-    ├── AllocationError        70  TP-45xx  no room for a tensor, on the host or on a device
     ├── WeightsError           77  TP-40xx  a checkpoint that is missing, truncated or of another model
     ├── CodecError             70  TP-50xx  text encoder or VAE
     ├── SinkError              70  TP-51xx  the output cannot be written
     ├── SourceError            70  TP-515x  the input video cannot be read; 77 if that is found at start-up
+    ├── ShortageError          70  TP-66xx  a rank asked for memory in vain
     └── TripwireError          70  TP-60xx  a check of the contract failed (section 9)
         └── CallCountError     70  TP-61xx  planned, expected and observed generator calls differ (FM-02)
 
@@ -148,11 +148,6 @@ class PeerError(CommError):
     code = "TP-3401"
 
 
-class AllocationError(EngineError):
-    code = "TP-4501"
-    next_step = "tpctl plan"
-
-
 class WeightsError(EngineError):
     exit_code = 77
     code = "TP-4001"
@@ -169,6 +164,11 @@ class SinkError(EngineError):
 
 class SourceError(EngineError):
     code = "TP-5153"
+
+
+class ShortageError(EngineError):
+    code = "TP-6601"
+    next_step = "tpctl plan"
 
 
 class TripwireError(EngineError):

@@ -8,12 +8,10 @@ from collections.abc import Callable
 
 import torch
 
-from engine.errors import AllocationError, CommError, EngineError
+from engine import memory
+from engine.errors import CommError, EngineError
 from engine.lifecycle import RankExit, RankState
-from engine.report import RankReport, peak_rss_bytes, rss_bytes
-
-CPU_ALLOCATOR = "DefaultCPUAllocator"  # as it names itself in its errors
-MESSAGE_CHARS = 300
+from engine.report import RankReport
 
 
 def guard(run: Callable[[], None], report: RankReport) -> int:
@@ -25,7 +23,7 @@ def guard(run: Callable[[], None], report: RankReport) -> int:
         print(f"rank {report.rank}: {error.code} {error.fm or ''}: {error.message}", file=sys.stderr)
         print(f"next: {error.next_step}", file=sys.stderr, flush=True)
     except Exception as error:  # noqa: BLE001 - the boundary: a bug is recorded like any other cause of death
-        wrapped = named(error, report)
+        wrapped = _named(error, report.rank)
         report.error, report.exit_code = wrapped.to_record(), wrapped.exit_code
         traceback.print_exc()
         print(f"rank {report.rank}: {wrapped.code}: {wrapped.message}", file=sys.stderr, flush=True)
@@ -38,23 +36,9 @@ def guard(run: Callable[[], None], report: RankReport) -> int:
     return report.exit_code or 0
 
 
-def named(error: Exception, report: RankReport) -> EngineError:
+def _named(error: Exception, rank: int) -> EngineError:
     """An error of torch or Python as one of ours; what nobody foresaw keeps its own words."""
     if isinstance(error, torch.distributed.DistError):
         return CommError(str(error))
-    if not no_room(error):
-        return EngineError(repr(error))
-    said = str(error).strip() or type(error).__name__
-    return AllocationError(
-        f"rank {report.rank} is out of memory: {said[max(0, said.find(CPU_ALLOCATOR)) :][:MESSAGE_CHARS]}",
-        evidence={
-            "rss_bytes": rss_bytes(),
-            "peak_rss_bytes": peak_rss_bytes(),
-            "device": report.effective.get("device"),
-        },
-    )
-
-
-def no_room(error: Exception) -> bool:
-    """The CPU allocator raises a plain RuntimeError, and only its words tell."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_ALLOCATOR in str(error)
+    shortage = memory.named(error, rank, {})
+    return shortage if isinstance(shortage, EngineError) else EngineError(repr(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 
+from engine import memory
 from engine.comm.transport import BroadcastLink
 from engine.errors import CallCountError, EngineError, PreflightError, SinkError, SourceError
 from engine.lifecycle import Doing, RankExit, RankState
@@ -22,6 +23,7 @@ from engine.wire.header import Action
 from engine.wire.meta import error_meta
 
 
+@memory.names_shortage
 def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: Materials) -> None:
     """Make the run's chunks until the timeline's end or a drain. Raises what ends the stream early."""
     config, report = context.config, context.report
@@ -89,7 +91,7 @@ def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: M
         context.settle()
         if peers_wait:
             heartbeat.stop()
-            dismiss(context, link, error)
+            dismiss(context, link, context.named(error))
         raise
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from engine import memory
 from engine.comm.group import Phase
 from engine.comm.p2p import LeaderEnd
 from engine.comm.pair import Pair
@@ -50,6 +51,7 @@ class MeshLeader:
         up = LeaderEnd(pair, mesh.limits, mesh.shapes, mesh.tp_plan, context.blackbox, pin, wire)
         return cls(context, up, mesh, stage1)
 
+    @memory.names_shortage
     def run(self) -> None:
         """Serve envelopes until SHUTDOWN. Raises PeerError on ERROR, and whatever else ends this rank early."""
         live = self.context.config.liveness
@@ -72,7 +74,7 @@ class MeshLeader:
         except BaseException as error:
             if isinstance(error, PreflightError) and error.fm is None:
                 error.fm = "FM-23"  # an envelope that came well, and cannot be passed on
-            self._dismiss(error)
+            self._dismiss(self.context.named(error))
             raise
 
     def _receive(self) -> Received | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from engine import tripwires
+from engine import memory, tripwires
 from engine.comm.p2p import Stage0End
 from engine.comm.topology import Groups
 from engine.errors import EngineError, SourceError, TripwireError
@@ -82,6 +82,7 @@ class Pipeline:
         comms = Comms(link, config.pipeline, config.liveness, context.watchdog, CommStream(device), context.leave_now)
         return cls(context, comms, materials)
 
+    @memory.names_shortage
     def run(self) -> None:
         """Make the run's chunks until the timeline's end or a drain. Raises what ends the stream early."""
         config, report = self.context.config, self.context.report
@@ -118,7 +119,7 @@ class Pipeline:
             if sinks is not None:
                 sinks.abort()
             self.context.settle()
-            self.comms.close(error)
+            self.comms.close(self.context.named(error))
             raise
 
     def _feed(self) -> float:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine import memory
 from engine.blackbox import BlackBox
 from engine.config import EngineConfig, RankEnv
 from engine.control import Steering
@@ -78,7 +79,9 @@ class RankContext:
         self.records.append(record, result.global_end_index, result.local_end_index)
 
     def keep_record(self, record: dict[str, Any]) -> None:
-        """One chunk, for the report, the log and, on rank 0, the metrics."""
+        """One chunk, for the report, the log and, on rank 0, the metrics; there with its wait for the sinks."""
+        if self.writer is not None:
+            record["t_sink_ms"] = self.writer.waited_ms()
         self.report.keep(record)
         self._log_chunk(record)
         if self.metrics is not None:
@@ -197,6 +200,10 @@ class RankContext:
             self.report.warnings.append(text)
             self.journal.warning("warning", text)
             print(f"rank {self.env.rank}: warning: {text}", file=sys.stderr, flush=True)
+
+    def named(self, error: BaseException) -> BaseException:
+        """What this rank died of, where an allocator's refusal needs to be told as such."""
+        return memory.named(error, self.env.rank, self.blackbox.ids)
 
     def leave_now(self, error: EngineError) -> None:
         """Record and end the process from any thread; nothing of the main thread runs again."""

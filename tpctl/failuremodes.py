@@ -74,13 +74,13 @@ CODES: dict[str, CodeGroup] = {
     "TP-32": CodeGroup(None, "hang-at-start", first=True),
     "TP-3301": CodeGroup(None, "parity-mismatch"),
     "TP-40": CodeGroup(None, "hang-at-start"),
-    "TP-4501": CodeGroup(None, "out-of-memory"),
     "TP-51": CodeGroup(None, "sink-full"),
     # Waited in vain for a rank that said nothing.
     "TP-6401": CodeGroup("FM-41", "rank-frozen"),
     "TP-6402": CodeGroup("FM-41", "rank-frozen"),
     "TP-6404": CodeGroup(None, "drain-stuck"),
     "TP-6241": CodeGroup("FM-51", "compile-regression"),
+    "TP-66": CodeGroup(None, "out-of-memory"),
     # Told to leave: nobody's fault, and the stream is to be begun again.
     "TP-6403": CodeGroup(None, "restore"),
 }

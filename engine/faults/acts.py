@@ -122,11 +122,6 @@ def kill(scene: Scene) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def outgrow(scene: Scene) -> None:
-    """Ask the allocator for more than there can be."""
-    torch.empty(1 << 60, dtype=torch.uint8)
-
-
 def freeze(scene: Scene) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 

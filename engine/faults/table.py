@@ -24,7 +24,6 @@ from engine.faults.acts import (
     other_conditioning,
     other_meta,
     other_weight,
-    outgrow,
     replan,
     reseal,
     retensor,
@@ -37,6 +36,7 @@ from engine.faults.acts import (
     truncate,
 )
 from engine.faults.compiler import compiles_anew
+from engine.faults.memory import exhaust
 from engine.faults.places import after_call, in_phase_b, on_the_wire, prepared, received, while_peers_wait
 from engine.faults.pplink import (
     astray_in_phase_b,
@@ -101,7 +101,7 @@ FAULTS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
         "OM-24.twice": in_phase_b(terminate(2)),
         "OM-25": after_call(nan),
         "OM-26": fill_the_disk,
-        "OM-28": in_phase_b(outgrow),
+        "OM-28": in_phase_b(exhaust),
         **dict.fromkeys(("C-01", "C-02", "C-03", "C-04"), nothing),
         "C-05": compiles_anew,
     }

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from engine import failures, tripwires, warmup
+from engine import memory, tripwires, warmup
 from engine.comm import group, p2p, pair, parity, transport
 from engine.errors import CommError
 from engine.faults.scene import Method, wrap
@@ -184,9 +184,8 @@ def _no_staging(rank: int) -> None:
     blind(staged.Staged, "discard")
 
 
-def _nameless_errors(rank: int) -> None:
-    """Whatever torch raises keeps its own words, and has no code to look up."""
-    wrap(failures, "no_room", lambda _: lambda error: False)
+def _no_name_for_a_shortage(rank: int) -> None:
+    wrap(memory, "named", lambda _: lambda error, *_: error)
 
 
 def _no_graph_gate(rank: int) -> None:
@@ -229,7 +228,7 @@ UNGUARD: Mapping[str, Callable[[int], None]] = MappingProxyType(
         "OM-24.twice": _no_signal_handler,
         "OM-25": _no_finite_check,
         "OM-26": _no_staging,
-        "OM-28": _nameless_errors,
+        "OM-28": _no_name_for_a_shortage,
         "C-01": _parity_off,
         "C-02": _no_graph_gate,
         "C-03": _no_graph_gate,

@@ -73,7 +73,7 @@ class SinkWriter:
         self._outputs: dict[str, str] = {}
         self._failure: BaseException | None = None
         self._most = 0
-        self._waited_s = 0.0
+        self._waited_s = self._told_s = 0.0
         self._overrun = False
         self._thread = threading.Thread(target=self._run, name="sinks", daemon=True)
         self._thread.start()
@@ -153,6 +153,11 @@ class SinkWriter:
             "waited_s": round(self._waited_s, 3),
             **self._sinks.facts(),
         }
+
+    def waited_ms(self) -> float:
+        """How long the stream waited for the sinks since this was last asked."""
+        told_s, self._told_s = self._told_s, self._waited_s
+        return (self._told_s - told_s) * 1e3
 
     def _full(self) -> bool:
         return len(self._queue) >= self._config.queue_chunks

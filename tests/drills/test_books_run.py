@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -18,12 +19,18 @@ from typing import Any
 
 import jsonschema
 import pytest
+from typer.testing import CliRunner
 
 from engine.config import EngineConfig, from_dict
 from tests.cli.conftest import validated
+from tpctl.app import app
 from tpctl.books import record
 from tpctl.books.checklist import Item, load_all
-from tpctl.books.execute import BRINGUP, Commands, Ran
+from tpctl.books.execute import BRINGUP, CASES, Commands, Ran
+from tpctl.books.perform import judge as judge_block
+from tpctl.books.rehearse import OUTPUT, given
+from tpctl.books.runbook import ANY, Block, Runbook
+from tpctl.books.runbook import load_all as load_runbooks
 from tpctl.books.walk import judge as judge_item
 from tpctl.commands.drill import envelope_of
 from tpctl.drill import table
@@ -216,6 +223,36 @@ def stdout_of(done: Done, command: str) -> str:
             if item["command"] == command:
                 return (done.directory / path.stem / f"{item['id']}.stdout").read_text()
     raise AssertionError(f"no item ran {command}")
+
+
+DIAGNOSES = [
+    (one, block)
+    for one in load_runbooks()
+    if one.causes
+    for block in one.blocks
+    if block.section == "Diagnosis" and block.expect.path
+]
+
+
+@pytest.mark.parametrize(("one", "block"), DIAGNOSES, ids=[f"{one.id}-{block.name}" for one, block in DIAGNOSES])
+@pytest.mark.parametrize("placeholder", ["run", "pp"])
+def test_of_a_healthy_run_a_diagnosis_says_nothing_of_the_kind(
+    placeholder: str, one: Runbook, block: Block, done: Done
+) -> None:
+    """What a page shows of the failure that was caused, it does not show of a run that is well."""
+    bringup = json.loads(stdout_of(done, BRINGUP))["data"]["run_dir"]
+    healthy = done.directory.parent / bringup / CASES[placeholder]
+    commands = Commands(given(None, healthy))
+    ran = here(f"{OUTPUT.sub('', commands.fill(block.command, COMMAND_S))} -o json")
+    assert ran.document is not None, ran.stderr
+    shows = replace(block, expect=replace(block.expect, exit=ANY))
+    assert judge_block(one.id, shows, ran, as_json=True).verdict is Verdict.FAIL, ran.stdout[:500]
+
+
+def here(line: str) -> Ran:
+    """A command's answer, in this process: for those that load no torch."""
+    ran = CliRunner().invoke(app, shlex.split(line)[1:], prog_name="tpctl")
+    return Ran(line, ran.exit_code, ran.stdout, ran.stderr, 0.0)
 
 
 def test_all_runbooks_rehearse(done: Done, tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def explain(result: Result) -> str:
         "OM-18.back",
         "C-02",
         "C-03.middle",
+        "OM-28",
     ],
 )
 def test_drill(name: str, nursery: Nursery, base: EngineConfig, tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_the_referees_record_answers_by_its_schema(
     assert result.verdict is Verdict.PASS, explain(result)
 
 
-@pytest.mark.parametrize("name", ["OM-12", "OM-18.back", "OM-19", "OM-20", "OM-26", "C-02"])
+@pytest.mark.parametrize("name", ["OM-12", "OM-18.back", "OM-19", "OM-20", "OM-26", "OM-28", "C-02"])
 def test_without_its_guard_a_drill_fails(name: str, nursery: Nursery, base: EngineConfig, tmp_path: Path) -> None:
     result = DrillRunner(nursery, base, tmp_path).run(DRILLS[name], without_guard=True)
     assert result.verdict is Verdict.PASS, explain(result)

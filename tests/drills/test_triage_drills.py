@@ -50,6 +50,7 @@ CHOSEN = [
     "OM-24.twice",
     "OM-25.last",
     "OM-26",
+    "OM-28.first",
 ]
 # Rank 0 out of the mesh: these are judged as drills too, by the run that triage then reads.
 PP_CHOSEN = [
@@ -66,6 +67,7 @@ PP_CHOSEN = [
     "OM-20",
     "OM-22",
     "OM-23",
+    "OM-28.pp-leader",
 ]
 CHOSEN += PP_CHOSEN
 # Where the table of drills has none, by the drill's number. A damaged frame and a full disk are no named failure mode.

@@ -25,6 +25,7 @@ ROOMS = (
         "records",
         "report",
         "measures",
+        "memory",
         "metrics",
         "sealed",
         "seeded_tokenizer",

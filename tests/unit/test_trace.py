@@ -16,6 +16,7 @@ from tpctl.trace.clocks import across_link, across_mesh, one_clock
 from tpctl.trace.events import trace
 from tpctl.trace.files import draw
 from tpctl.trace.run import read_run
+from tpctl.trace.stages import stages
 
 MS = 1_000_000
 TURN_MS, B_MS = 100.0, 60.0
@@ -58,6 +59,18 @@ def test_a_plan_without_pp_has_its_calls_and_its_mesh(run_dir):
     text = Path(drawn.outputs["overlap"]).read_text()
     assert "period 100 ms" in text
     assert "no OverlapScore" in text
+
+
+def test_the_stage_that_takes_most_of_the_period_is_named_after_the_warm_up():
+    rows = [turn(index, False) | {"t_sink_ms": 0.0} for index in range(5)]
+    spent = stages(rows)
+    assert (spent.slowest, spent.period_ms, spent.chunks) == ("generate", TURN_MS, 3)
+    waiting = [row | {"t_c_ms": 90.0, "t_sink_ms": 70.0} for row in rows]
+    assert stages(waiting).times_ms == {"prepare": 15, "envelope": 5, "generate": B_MS, "decode": 20, "sink": 70}
+    assert stages(waiting).slowest == "sink"
+    slow_start = [*waiting[:2], *rows[2:]]
+    assert stages(slow_start).slowest == "generate"
+    assert stages(rows[:2]) is stages([turn(index, False) for index in range(5)]) is None
 
 
 def test_the_last_chunks_alone(run_dir):

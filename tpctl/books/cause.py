@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
+import stat
 import sys
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.config import EngineConfig, from_dict
-from engine.plan import PP0
-from engine.referee.parent import named
 from tpctl.books.execute import execute
 from tpctl.drill import table
+from tpctl.drill.ranks import Nursery
 from tpctl.errors import CliError
-from tpctl.launch import local
 from tpctl.launch.environment import rank_environment
+from tpctl.matrix.runner import make_assets
 
-# Not a drill: one rank of two is started, and the other never comes.
+# No drills, for nobody dies of them in time, or of them alone. One rank of two is started, and the other never comes.
 ALONE = "alone"
 JOIN_S, DEADLINE_S = 2.0, 60.0
-# Faults that no job dies of, for a job that ends well and is slow: what its configuration says besides.
-SLOW: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "O-02": {
-        "plan": {"tp_plan": PP0},
-        "schedule": {"recompute": False},
-        "run": {"chunks": 12},
-        "drill": {"id": "O-02", "victim_rank": 0, "at_chunk": 1},
-    },
-    "SLOW-RANK": {
-        "plan": {"tp": 2},
-        "geometry": {"height": 32, "width": 32},
-        "run": {"chunks": 10},
-        "drill": {"id": "SLOW-RANK", "victim_rank": 1, "at_chunk": 1},
-    },
-}
+# Envelopes wait for the decode of the chunk before them: the fault that collapses the overlap.
+HELD_BACK = "held-back"
+# One rank makes each of its calls late: in lockstep all others wait for it.
+SLOW_RANK = "slow-rank"
+# Somebody reads the frames, and takes this long for each chunk of them: many times what a chunk takes to make.
+SLOW_SINK = "slow-sink"
+PACE_S = 0.4
+CHUNKS = 10
+SIZE = {"height": 16, "width": 16}
+CHUNK_BYTES = 12 * SIZE["height"] * SIZE["width"] * 3
+# What a pipe takes in that nobody reads, at the least: less than one chunk.
+PIPE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -73,43 +73,95 @@ class Causes:
                 shutil.copy(path, view)
         return view
 
-    def slow(self, name: str, base: EngineConfig) -> Path:
-        """Run a job to its end whose stream is slow as `name` says. Returns its run directory."""
-        directory = self.root / name
-        directory.mkdir(parents=True)
-        data = {"model": base.to_dict()["model"], "sink": {"kinds": ["null"]}, **SLOW[name]}
-        config = from_dict(data)
-        path = self._write(config, directory)
-        outcome = local.run(
-            local.LaunchSpec(
-                nproc=config.world_size,
-                run_dir=directory,
-                arguments=("--config", str(path), "--run-dir", str(directory), "--supervisor", named(os.getpid())),
-                deadline_s=DEADLINE_S,
-            ),
-            lambda _: None,
-        )
-        if outcome.returncode:
-            raise CliError(f"a job that is only slow did not end well: {directory}", code="TP-8116")
-        return directory
+    def cause(self, names: Iterable[str], base: EngineConfig) -> None:
+        """Cause what no drill does, of these names.
 
-    def _write(self, config: EngineConfig, directory: Path) -> Path:
-        import tomli_w
+        Raises:
+            CliError: it did not come about.
+        """
+        wanted = set(names)
+        if ALONE in wanted:
+            self._alone(base)
+        if slow := [name for name in SLOW if name in wanted]:
+            make_assets(base, self.root / "assets")
+            with Nursery(self.root / "nursery.log") as nursery:
+                for name in slow:
+                    SLOW[name](self, nursery, base)
 
-        path = directory / "config.toml"
-        path.write_text(tomli_w.dumps(config.to_dict()), encoding="utf-8")
-        return path
-
-    def alone(self, base: EngineConfig) -> Path:
-        """Start rank 0 of two, and see it give up. Returns its run directory."""
-        directory = self.root / ALONE
-        directory.mkdir(parents=True)
-        config = from_dict({"model": base.to_dict()["model"], "plan": {"tp": 2}, "comm": {"join_timeout_s": JOIN_S}})
-        path = self._write(config, directory)
+    def _alone(self, base: EngineConfig) -> None:
+        """Start rank 0 of two, and see it give up."""
+        directory, path = self._configured(ALONE, base, plan={"tp": 2}, comm={"join_timeout_s": JOIN_S})
         argv = [sys.executable, "-m", "engine.worker", "--config", str(path), "--run-dir", str(directory)]
         lonely = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         ran = execute(argv, DEADLINE_S, {**rank_environment(), **lonely}, None)
         (directory / "stderr0.log").write_text(ran.stderr, encoding="utf-8")
         if ran.late or ran.code == 0:
             raise CliError(f"a rank that waits for another one in vain did not give up: {directory}", code="TP-8114")
-        return directory
+
+    def _held_back(self, nursery: Nursery, base: EngineConfig) -> None:
+        plan, schedule, sink = {"tp_plan": "pp0", "tp": 1}, {"recompute": False}, {"kinds": ["null"]}
+        self._run(HELD_BACK, nursery, base, plan=plan, schedule=schedule, sink=sink, drill={"id": "O-02"})
+
+    def _slow_rank(self, nursery: Nursery, base: EngineConfig) -> None:
+        drill = {"id": "SLOW-RANK", "victim_rank": 1, "at_chunk": 1}
+        self._run(SLOW_RANK, nursery, base, plan={"tp": 2}, sink={"kinds": ["null"]}, drill=drill)
+
+    def _slow_sink(self, nursery: Nursery, base: EngineConfig) -> None:
+        schedule = {"denoising_step_list": [1000]}
+        pipe = self.root / SLOW_SINK / "frames.rgb"
+        pipe.parent.mkdir()
+        os.mkfifo(pipe, stat.S_IRUSR | stat.S_IWUSR)
+        sink = {"kinds": ["pipe"], "directory": str(pipe.parent), "queue_chunks": 1}
+        with _reading_slowly(pipe):
+            self._run(SLOW_SINK, nursery, base, plan={"tp": 2}, schedule=schedule, sink=sink)
+
+    def _run(self, name: str, nursery: Nursery, base: EngineConfig, **sections: Mapping[str, Any]) -> None:
+        """A job that is slow and nothing else: it comes to its end, and all ranks leave with 0."""
+        directory, path = self._configured(name, base, geometry=SIZE, run={"chunks": CHUNKS}, **sections)
+        ended = nursery.run(directory, path, 2, DEADLINE_S, supervise_s=0.0, referee=False)
+        if any(ended.codes.values()) or ended.timed_out:
+            raise CliError(
+                f"a job that should only be slow did not end well: {ended.codes}, {directory}", code="TP-8114"
+            )
+
+    def _configured(self, name: str, base: EngineConfig, **sections: Mapping[str, Any]) -> tuple[Path, Path]:
+        """The directory of a cause, and the configuration in it."""
+        import tomli_w
+
+        directory = self.root / name
+        directory.mkdir(parents=True, exist_ok=True)
+        config = from_dict({"model": base.to_dict()["model"], **sections})
+        path = directory / "config.toml"
+        path.write_text(tomli_w.dumps(config.to_dict()), encoding="utf-8")
+        return directory, path
+
+
+@contextlib.contextmanager
+def _reading_slowly(pipe: Path) -> Iterator[None]:
+    """Somebody reads the pipe, a chunk's bytes in `PACE_S`, until the block is left."""
+    over = threading.Event()
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    reads = CHUNK_BYTES / PIPE_BYTES  # at the least, for a chunk
+
+    def read() -> None:
+        while not over.wait(PACE_S / reads):
+            with contextlib.suppress(BlockingIOError):  # nothing there yet
+                os.read(reader, PIPE_BYTES)
+
+    thread = threading.Thread(target=read, name="slow-reader", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        os.close(reader)
+
+
+SLOW: Mapping[str, Callable[[Causes, Nursery, EngineConfig], None]] = {
+    HELD_BACK: Causes._held_back,
+    SLOW_RANK: Causes._slow_rank,
+    SLOW_SINK: Causes._slow_sink,
+}
+CAUSED = frozenset({ALONE, *SLOW})

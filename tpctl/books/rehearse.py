@@ -1,8 +1,8 @@
 """Rehearses runbooks: every block is run, safely, and against the failure that the page is about.
 
-The failure is caused for real, by the page's drill, and {run} is what that drill's job left; of a page that names
-none, {run} is the run directory of a healthy job. {job} is that job: a small one, in a state directory of its own. What
-would end it is run with --dry-run; other changes are made to it. It is drained at last, which must lose nothing.
+The failure is caused for real, by the page's drill, and {run} is what that drill's job left; where nothing causes it,
+{run} is the run directory of a healthy job. {job} is that job: a small one, in a state directory of its own. What would
+end it is run with --dry-run; other changes are made to it. It is drained at last, which must lose nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from engine.config import load
 from engine.errors import EngineError
-from tpctl.books.cause import ALONE, SLOW, Causes
+from tpctl.books.cause import CAUSED, Causes
 from tpctl.books.checklist import load_all as all_checklists
 from tpctl.books.execute import PLACEHOLDER, Commands
 from tpctl.books.expect import Expect
@@ -63,13 +63,14 @@ class Rehearsal:
             results += [self._step(house, "running", f"tpctl wait {JOB} --for running --timeout 120", START_S)]
             healthy = Path(self._data(house, f"tpctl status {JOB} -o json")["run_dir"])
             for one in books:
-                run_dir = self.causes.run_dir(one.drill) if one.drill else healthy
-                commands = Commands(given(JOB, run_dir), environment=house.environment)
                 for block in one.blocks:
+                    name = one.cause(block)
+                    run_dir = self.causes.run_dir(name) if name else healthy
                     if run_dir is None and {"run", "config"} & set(PLACEHOLDER.findall(block.command)):
-                        words = f"drill {one.drill} cannot cause it on this machine"
+                        words = f"drill {name} cannot cause it on this machine"
                         results.append(Done(one.id, block, Verdict.SKIP, words))
                     else:
+                        commands = Commands(given(JOB, run_dir), environment=house.environment)
                         results.append(rehearse(one, block, commands))
                     self.after(results[-1])
         finally:
@@ -93,7 +94,8 @@ class Rehearsal:
     def _cause(self, commands: Commands, books: Sequence[Runbook]) -> list[Done]:
         """Cause what these pages are about, unless it was caused before."""
         steps = []
-        names = self.causes.missing(one.drill for one in books if one.drill)
+        wanted = {name for one in books for name in one.causes}
+        names = self.causes.missing(wanted)
         hosts = {drill.id for drill in table.load() if drill.hosts > 1}
         # Links can be cut only where there are network namespaces: a drill that could not run is no failure there.
         for name, chosen, expect in (
@@ -106,11 +108,8 @@ class Rehearsal:
                 for one in chosen:
                     if (self.root / name / one).is_dir():
                         (self.root / name / one).rename(self.root / one)
-        config = load([], environ=os.environ).config
-        if any(one.drill == ALONE for one in books):
-            self.causes.alone(config)
-        for name in sorted({one.drill for one in books if one.drill in SLOW}):
-            self.causes.slow(name, config)
+        if others := wanted & CAUSED:
+            self.causes.cause(others, load([], environ=os.environ).config)
         return steps
 
 
@@ -147,8 +146,7 @@ def static(one: Runbook) -> list[Done]:
         *(f"{fm} leads to another runbook" for fm in one.failure_modes if runbook_id(fm) != one.id),
         *(f"{code} leads to another runbook" for code in one.codes if runbook_id(None, code) != one.id),
     ]
-    if one.drill and one.drill not in {*drills, ALONE, *SLOW}:
-        faults.append(f"there is no drill '{one.drill}'")
+    faults += [f"there is no drill '{name}'" for name in sorted(one.causes - drills - CAUSED)]
     if not one.is_card and not any(block.section == "Diagnosis" and block.expect.path for block in one.blocks):
         faults.append("no block of its diagnosis shows anything that a test could look at")
     page = Block("page", "page", "", changes=False, expect=Expect())

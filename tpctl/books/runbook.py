@@ -2,8 +2,10 @@
 
 Pure: Markdown in, data out. A block is a fence ```` ```sh name=who expect=3 shows=/data/verdict=FAIL ````: one command,
 run without a shell. `changes` marks a block that changes something; `expect` lists the exit codes that pass, 0 if not
-given, `any` for those of programs that may not be installed; `shows` is a value in the JSON that `-o json` prints.
-The first fence of a page is TOML: which failure modes and error codes lead here, and which drill causes the failure.
+given, `any` for those of programs that may not be installed; `shows` is a value in the JSON that `-o json` prints; `of`
+is the cause that the block is about, where the page knows more than one.
+The first fence of a page is TOML: which failure modes and error codes lead here, and which drill causes the failure,
+one of the table of drills or of `tpctl.books.cause`.
 """
 
 from __future__ import annotations
@@ -31,13 +33,14 @@ KEYS = {"failure_modes", "codes", "drill"}
 
 @dataclass(frozen=True)
 class Block:
-    """`command` may hold {job}, {run}, and {config}: the configuration file of that run."""
+    """`command` may hold {job}, {run}, and {config}: the configuration file of that run. `of` is "" for the page's."""
 
     name: str
     section: str
     command: str
     changes: bool
     expect: Expect
+    of: str = ""
 
     @property
     def about_engine(self) -> bool:
@@ -61,6 +64,14 @@ class Runbook:
     @property
     def is_card(self) -> bool:
         return self.id.startswith(CARDS)
+
+    def cause(self, block: Block) -> str:
+        """What causes the failure that this block of the page is about; "" if nothing does."""
+        return block.of or self.drill
+
+    @property
+    def causes(self) -> set[str]:
+        return {name for name in (self.drill, *(block.of for block in self.blocks)) if name}
 
 
 def all_ids() -> list[str]:
@@ -153,7 +164,7 @@ def _block(page: str, section: str, info: str, content: str) -> Block:
     if words[:1] != ["sh"] or not NAME.fullmatch(name):
         raise _wrong(page, f"{where} must begin with: sh name=NAME")
     changes = values.pop("changes", None) is not None
-    codes, shows = values.pop("expect", "0"), values.pop("shows", "")
+    codes, shows, of = values.pop("expect", "0"), values.pop("shows", ""), values.pop("of", "")
     if values:
         raise _wrong(page, f"{where} has the unknown word '{sorted(values)[0]}'")
     path, equals, value = shows.rpartition("=")
@@ -168,7 +179,7 @@ def _block(page: str, section: str, info: str, content: str) -> Block:
         raise _wrong(page, f"{where} holds {len(lines)} commands; blocks are run one at a time, one command each")
     if words := [word for word in shlex.split(lines[0]) if word in ("|", ">", ">>", "<", "&&", "||", ";", "&")]:
         raise _wrong(page, f"{where} needs a shell for '{words[0]}', and there is none")
-    return Block(name, section, " ".join(lines[0].split()), changes, Expect(exits, path or None, _value(value)))
+    return Block(name, section, " ".join(lines[0].split()), changes, Expect(exits, path or None, _value(value)), of)
 
 
 def _value(word: str) -> Any:

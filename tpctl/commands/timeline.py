@@ -8,18 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.measures import GATE as OVERLAP_LEAST
-from engine.measures import STRAGGLES, TRACKS
+from engine.measures import GATE, STRAGGLES, TRACKS
 from tpctl import options
 from tpctl.exitcodes import for_verdict
+from tpctl.matrix.ppgates import SEND_AFTER_DECODE
 from tpctl.output import Column, Envelope, Output, Table
 from tpctl.target import TargetArgument, find_target
 from tpctl.trace.events import counts
 from tpctl.trace.files import TIMELINE, write_picture, write_trace
 from tpctl.trace.run import RankLine, Run, read_run
+from tpctl.trace.stages import STAGES, Stages
 from tpctl.verdict import Coverage, Finding, Verdict, worst
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
+SHOW = "tpctl runbook show"
 COLUMNS = [
     Column("rank", "rank", right=True),
     Column("role", "role"),
@@ -56,7 +58,7 @@ def timeline(
     if svg is not None:
         write_picture(run, title, svg)
     rows = [_row(line) for line in run.ranks]
-    found = [*_findings(run), *_speed(run)]
+    found = _findings(run)
     verdict = worst([Verdict.PASS, *(finding.verdict for finding in found)])
     coverage = Coverage(sum(not line.problems and bool(line.chunks) for line in run.ranks), len(run.ranks))
     data: dict[str, Any] = {
@@ -68,10 +70,13 @@ def timeline(
         "events": counts(made["traceEvents"]),
         "ranks": rows,
         "overlap": run.overlap.to_dict() if run.overlap is not None else None,
+        "stages": run.stages.to_dict() if run.stages is not None else None,
+        "slowest": run.stages.slowest if run.stages is not None else None,
         "straggler": asdict(run.straggler) if run.straggler is not None else None,
     }
     words = [f"{path}: {', '.join(f'{count} {what}' for what, count in data['events'].items())}"]
     words += [f"{svg}: the overlap of the stages"] if svg is not None else []
+    words += [_of_stages(run.stages)] if run.stages is not None else []
     words += [f"{finding.verdict}  {finding.message}" for finding in found]
     steps = tuple(dict.fromkeys(finding.next for finding in found if finding.next))
     envelope = Envelope("tpctl.timeline", verdict, data, tuple(found), coverage, steps, chosen.name)
@@ -95,8 +100,13 @@ def _row(line: RankLine) -> dict[str, Any]:
     }
 
 
+def _of_stages(spent: Stages) -> str:
+    times = ", ".join(f"{stage} {spent.times_ms[stage]:.0f}" for stage in STAGES)
+    return f"a period takes {spent.period_ms:.0f} ms, most of it to {spent.slowest}: {times} ms"
+
+
 def _findings(run: Run) -> list[Finding]:
-    """What is missing from the timeline, and how sure its clocks are."""
+    """What is missing from the timeline, how sure its clocks are, and what slows the stream."""
     again = f"tpctl triage {run.run_dir}"
     found = [Finding("timeline.run", Verdict.UNKNOWN, text, next=again) for text in run.problems]
     for line in run.ranks:
@@ -114,31 +124,25 @@ def _findings(run: Run) -> list[Finding]:
                 f"+/- {line.shift.error_ns / 1e6:.3f} ms, so that no message arrives before it was sent"
             )
             found.append(Finding("timeline.clock", Verdict.WARN, words, line.shift.by_ns / 1e6, where=where))
-    if run.alive:
-        words = "the run still goes on: the timeline ends with this moment"
-        found.append(Finding("timeline.run", Verdict.WARN, words))
-    return found
-
-
-def _speed(run: Run) -> list[Finding]:
-    """What holds the stream up: stages that do not overlap, and why; a rank that all others wait for."""
-    found = []
-    if (overlap := run.overlap) is not None:
-        words = (
-            f"overlap score {overlap.score:.2f}: a period of {overlap.period_ms:.0f} ms for stages of "
-            f"{overlap.stage0_ms:.0f} and {overlap.stage1_ms:.0f} ms"
-        )
-        well = overlap.score >= OVERLAP_LEAST
-        verdict, step = (Verdict.PASS, None) if well else (Verdict.WARN, "tpctl runbook show overlap-collapsed")
-        found.append(Finding("timeline.overlap", verdict, words, overlap.score, OVERLAP_LEAST, next=step))
+    if run.overlap is not None and run.overlap.score < GATE:
+        words = f"OverlapScore {run.overlap.score:.2f}, below {GATE}: the shorter stage is not hidden"
+        score = run.overlap.score
+        found.append(Finding("timeline.overlap", Verdict.WARN, words, score, GATE, next=f"{SHOW} overlap-collapsed"))
     if run.held_back is not None and run.held_back.found:
-        words = f"envelopes are sent after the decode: {run.held_back.sentence()}"
-        step = "tpctl runbook show overlap-collapsed"
-        found.append(Finding("overlap.send-after-decode", Verdict.WARN, words, run.held_back.tracks, TRACKS, next=step))
+        held = run.held_back
+        words = f"envelopes are held back until the chunk before them is decoded: {held.sentence()}"
+        step = f"{SHOW} overlap-collapsed"
+        found.append(Finding(SEND_AFTER_DECODE, Verdict.WARN, words, held.tracks, TRACKS, next=step))
     if (slow := run.straggler) is not None:
-        step = "tpctl runbook show slow-period"
         where = f"rank {slow.rank}"
+        step = f"{SHOW} slow-period"
         found.append(
             Finding("timeline.straggler", Verdict.WARN, slow.sentence(), slow.share, STRAGGLES, where=where, next=step)
         )
+    if run.stages is not None and run.stages.slowest == "sink":
+        words = f"the stream waits for its sinks, {run.stages.times_ms['sink']:.0f} ms a chunk"
+        found.append(Finding("timeline.sink", Verdict.WARN, words, next=f"{SHOW} slow-period"))
+    if run.alive:
+        words = "the run still goes on: the timeline ends with this moment"
+        found.append(Finding("timeline.run", Verdict.WARN, words))
     return found

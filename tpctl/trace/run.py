@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from engine.blackbox import Commitment, Contents
 from engine.config import EngineConfig, load
@@ -20,9 +20,8 @@ from tpctl.evidence import gather
 from tpctl.reports import read_reports
 from tpctl.trace.bars import Bar, Kind, Lane, depths, link_bars, mesh_bars, stage0_bars
 from tpctl.trace.clocks import HOME, Shift, across_link, across_mesh, one_clock
+from tpctl.trace.stages import Stages, stages
 
-R = TypeVar("R")
-T = TypeVar("T")
 STATES = [state.value for state in RankState]
 
 
@@ -52,8 +51,9 @@ class RankLine:
 
 @dataclass(frozen=True)
 class Run:
-    """All of it. `counters` are queue depths over time, in pp. `overlap`, `held_back` and `straggler` are None where
-    the plan has no such thing, or the run none to see."""
+    """All of it. `counters` are queue depths over time, in pp. `overlap` is None where the plan or the run has none,
+    `held_back` where its signature could not show, `stages` without a chunk after the warm-up, `straggler` where
+    no single rank holds up all others."""
 
     run_dir: Path
     tp_plan: str | None
@@ -61,6 +61,7 @@ class Run:
     counters: Mapping[str, Sequence[tuple[int, int]]]
     overlap: Overlap | None
     held_back: SendAfterDecode | None
+    stages: Stages | None
     straggler: Straggler | None
     alive: bool
     problems: tuple[str, ...]
@@ -99,19 +100,18 @@ def read_run(run_dir: Path, last: int = 0) -> Run:
     lines = _on_one_clock(lines, rows, loops)
     stage0, loop_ns = rows.get(0, ()), loops.get(0)
     counters: Mapping[str, Sequence[tuple[int, int]]] = {}
-    measured = held = None
+    measured = held_back = None
     if loop_ns is not None and stage0:
         leader = next((line for line in lines if line.role == "stage1+leader"), None)
         under_way = link_bars(lines[0].bars, leader.bars if leader else (), stage0, loop_ns)
         lines[0] = replace(lines[0], bars=(*lines[0].bars, *under_way))
-        counters, measured = depths(stage0, loop_ns), _measured(overlap, stage0)
-        held = _measured(send_after_decode, stage0)
+        counters, measured, held_back = depths(stage0, loop_ns), _overlap(stage0), _held_back(stage0)
     if last:
         lines, counters = _tail(lines, counters, last)
     plan = config.plan.tp_plan if config else next((r.get("tp_plan") for r in reports.values()), None)
-    mesh = {line.rank: rows[line.rank] for line in lines if line.role != "stage0"}
-    slow = _measured(straggler, mesh)
-    return Run(run_dir, plan, tuple(lines), counters, measured, held, slow, seen.alive, tuple(problems))
+    slow = straggler({line.rank: rows[line.rank] for line in lines if line.role != "stage0"})
+    spent = stages(stage0)
+    return Run(run_dir, plan, tuple(lines), counters, measured, held_back, spent, slow, seen.alive, tuple(problems))
 
 
 def _config(run_dir: Path) -> EngineConfig | None:
@@ -223,10 +223,15 @@ def _on_one_clock(
     return placed
 
 
-def _measured(measure: Callable[[R], T | None], rows: R) -> T | None:
-    """Records of another version, or of a rank that died, may lack what is measured."""
+def _overlap(rows: Sequence[Mapping[str, Any]]) -> Overlap | None:
     with contextlib.suppress(KeyError, TypeError):
-        return measure(rows)
+        return overlap(rows)
+    return None
+
+
+def _held_back(rows: Sequence[Mapping[str, Any]]) -> SendAfterDecode | None:
+    with contextlib.suppress(KeyError, TypeError):
+        return send_after_decode(rows)
     return None
 
 
