@@ -84,10 +84,12 @@ def test_another_number_of_tokens_is_another_graph_and_nothing_else_is(frames: i
     assert warmup.expected_graphs(from_dict({"geometry": geometry})) == graphs
 
 
-def test_without_recompute_there_is_one_number_of_tokens() -> None:
-    config = from_dict({"geometry": {"frames_per_chunk": 1}, "schedule": {"recompute": False}})
+def test_without_recompute_there_is_one_number_of_tokens_unless_it_can_be_turned_on() -> None:
+    geometry = {"frames_per_chunk": 1, "window_frames": 3}
+    config = from_dict({"geometry": geometry, "schedule": {"recompute": False}})
     assert warmup.context_sizes(config) == []
     assert warmup.expected_graphs(config) == 1
+    assert warmup.expected_graphs(config.replace(geometry__window_frames=4)) == 3
 
 
 def test_a_hidden_collective_breaks_the_graph_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
