@@ -26,8 +26,8 @@ REASONS_TOLD = 3
 
 
 def context_sizes(config: EngineConfig) -> list[int]:
-    """Frames of each recompute call that a stream may make: min(K, n F) of the n-th chunk. Where recompute is off it can
-    be turned on while the stream runs, if the window has room for it."""
+    """Frames of each recompute call that a stream may make: min(K, n F) of the n-th chunk. Where recompute is off, it
+    can be turned on while the stream runs, if the window has room for it."""
     chunk, context = config.geometry.frames_per_chunk, config.geometry.context_frames
     if not config.schedule.recompute and config.geometry.window_frames < chunk + context:
         return []
