@@ -183,9 +183,7 @@ class Group:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum in place over the group; returns the same tensor. A compiled graph holds it as an operator."""
         if self.handle and _tracing():
-            from engine.comm import ingraph
-
-            return ingraph.all_reduce(tensor, self.handle)
+            return _in_graph(tensor, self.handle)
         if self._muted:
             return tensor
         self._enter("all_reduce", tensor)
@@ -306,6 +304,14 @@ def _tracing() -> bool:
     import torch
 
     return torch.compiler.is_compiling()
+
+
+def _in_graph(tensor: torch.Tensor, handle: str) -> torch.Tensor:
+    """Trace our operator (`engine.comm.ingraph`) into the graph that is being made; it comes back here to run."""
+    import torch
+
+    torch.ops.tpctl.all_reduce_(tensor, handle)
+    return tensor
 
 
 _HERE = os.path.dirname(os.path.abspath(__file__))

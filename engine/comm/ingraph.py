@@ -31,12 +31,6 @@ def register(group: Group) -> str:
     return handle
 
 
-def all_reduce(tensor: torch.Tensor, handle: str) -> torch.Tensor:
-    """Trace the operator into the graph that is being made."""
-    torch.ops.tpctl.all_reduce_(tensor, handle)
-    return tensor
-
-
 def _all_reduce(tensor: torch.Tensor, handle: str) -> None:
     _groups[handle].all_reduce(tensor)
 
