@@ -16,7 +16,6 @@ from typing import Any
 
 from engine.config import EngineConfig, from_dict
 from tpctl.books.execute import execute
-from tpctl.drill import table
 from tpctl.drill.ranks import Nursery
 from tpctl.errors import CliError
 from tpctl.launch.environment import rank_environment
@@ -47,9 +46,8 @@ class Causes:
     ready: Path | None = None
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Drills that have to be run."""
-        drills = {drill.id for drill in table.load()}
-        return sorted(name for name in set(names) if name in drills and self._ready(name) is None)
+        """Those that have to be caused."""
+        return sorted(name for name in set(names) if self._ready(name) is None)
 
     def run_dir(self, name: str) -> Path | None:
         """What the failure left; None where it could not be caused here."""
@@ -74,12 +72,13 @@ class Causes:
         return view
 
     def cause(self, names: Iterable[str], base: EngineConfig) -> None:
-        """Cause what no drill does, of these names.
+        """Cause these, which no drill does.
 
         Raises:
             CliError: it did not come about.
         """
         wanted = set(names)
+        self.root.mkdir(exist_ok=True)
         if ALONE in wanted:
             self._alone(base)
         if slow := [name for name in SLOW if name in wanted]:

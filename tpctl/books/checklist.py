@@ -30,7 +30,8 @@ class Mode(StrEnum):
 class Item:
     """One question and the command that answers it.
 
-    `drill` turns it red: a drill's id; or options beginning with `--` that, added to the command, plant the fault.
+    `drill` turns it red: the id of a drill, or of a cause (`tpctl.books.cause`); or, where only a configuration is
+    asked about, options beginning with `--` that, added to the command, make it a wrong one.
     `on_fail` is the runbook to open.
     """
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,19 +63,33 @@ class Rehearsal:
             results += self._cause(house, books)
             results += [self._step(house, "running", f"tpctl wait {JOB} --for running --timeout 120", START_S)]
             healthy = Path(self._data(house, f"tpctl status {JOB} -o json")["run_dir"])
-            for one in books:
-                for block in one.blocks:
-                    name = one.cause(block)
-                    run_dir = self.causes.run_dir(name) if name else healthy
-                    if run_dir is None and {"run", "config"} & set(PLACEHOLDER.findall(block.command)):
-                        words = f"drill {name} cannot cause it on this machine"
-                        results.append(Done(one.id, block, Verdict.SKIP, words))
-                    else:
-                        commands = Commands(given(JOB, run_dir), environment=house.environment)
-                        results.append(rehearse(one, block, commands))
-                    self.after(results[-1])
+            results += self._blocks(house, books, healthy)
         finally:
             results += [self._step(house, "drain", f"tpctl drain {JOB}", START_S)]
+        return results
+
+    def _blocks(self, house: Commands, books: Sequence[Runbook], healthy: Path) -> list[Done]:
+        """Every block. Those that ask about the job, or change it, in their order; the others beside them.
+
+        What does not ask about the job is asked once, however many pages ask it.
+        """
+        results = []
+        left = {name: self.causes.run_dir(name) for one in books for name in one.causes} | {"": healthy}
+        beside = replace(house, given={}, done={})
+        with ThreadPoolExecutor(1) as pool:
+            rows: list[tuple[Runbook, Block, Future[Done] | None]] = [
+                (
+                    one,
+                    block,
+                    None if "{job}" in block.command else pool.submit(of_cause, one, block, left, beside),
+                )
+                for one in books
+                for block in one.blocks
+            ]
+            for one, block, asked in rows:
+                alone = replace(house, given={}, done={})
+                results.append(asked.result() if asked else of_cause(one, block, left, alone))
+                self.after(results[-1])
         return results
 
     def _step(self, commands: Commands, name: str, line: str, timeout_s: float, expect: Expect = PASSES) -> Done:
@@ -92,25 +107,38 @@ class Rehearsal:
         return data
 
     def _cause(self, commands: Commands, books: Sequence[Runbook]) -> list[Done]:
-        """Cause what these pages are about, unless it was caused before."""
-        steps = []
-        wanted = {name for one in books for name in one.causes}
-        names = self.causes.missing(wanted)
+        """Cause what these pages are about, unless it was caused before; drills, links and the rest at the same time.
+
+        Whether a drill was in time is for `tpctl drill` to say: here the pages say whether it caused what it should.
+        """
+        missing = self.causes.missing(name for one in books for name in one.causes)
+        drills = [name for name in missing if name not in CAUSED]
         hosts = {drill.id for drill in table.load() if drill.hosts > 1}
+        late = int(ExitCode.CHECK_FAILED)
         # Links can be cut only where there are network namespaces: a drill that could not run is no failure there.
-        for name, chosen, expect in (
-            ("drills", [one for one in names if one not in hosts], Expect()),
-            ("links", [one for one in names if one in hosts], Expect((0, int(ExitCode.INCOMPLETE)))),
-        ):
-            if chosen:
-                line = f"tpctl drill {' '.join(chosen)} --run-dir {self.root / name}"
-                steps.append(self._step(commands, name, line, DRILLS_S, expect))
-                for one in chosen:
-                    if (self.root / name / one).is_dir():
-                        (self.root / name / one).rename(self.root / one)
-        if others := wanted & CAUSED:
-            self.causes.cause(others, load([], environ=os.environ).config)
-        return steps
+        kinds = (
+            ("drills", [name for name in drills if name not in hosts], Expect((0, late))),
+            ("links", [name for name in drills if name in hosts], Expect((0, late, int(ExitCode.INCOMPLETE)))),
+        )
+        with ThreadPoolExecutor() as pool:
+            steps = [
+                pool.submit(
+                    self._step,
+                    commands,
+                    name,
+                    f"tpctl drill {' '.join(ids)} --run-dir {self.root / name}",
+                    DRILLS_S,
+                    expect,
+                )
+                for name, ids, expect in kinds
+                if ids
+            ]
+            self.causes.cause(CAUSED.intersection(missing), load([], environ=os.environ).config)
+        for name, ids, _ in kinds:
+            for one in ids:
+                if (self.root / name / one).is_dir():
+                    (self.root / name / one).rename(self.root / one)
+        return [step.result() for step in steps]
 
 
 def given(job: str | None, run_dir: Path | None) -> dict[str, str]:
@@ -121,6 +149,14 @@ def given(job: str | None, run_dir: Path | None) -> dict[str, str]:
         with contextlib.suppress(EngineError):  # a run without a configuration: a block that needs it says so
             values["config"] = str(config_path(run_dir))
     return values
+
+
+def of_cause(one: Runbook, block: Block, left: Mapping[str, Path | None], commands: Commands) -> Done:
+    """One block, {run} being what its cause left; skipped where that could not be caused here."""
+    run_dir = left[one.cause(block)]
+    if run_dir is None and {"run", "config"} & set(PLACEHOLDER.findall(block.command)):
+        return Done(one.id, block, Verdict.SKIP, f"{one.cause(block)} cannot be caused on this machine")
+    return rehearse(one, block, replace(commands, given=given(JOB, run_dir)))
 
 
 def rehearse(one: Runbook, block: Block, commands: Commands) -> Done:
