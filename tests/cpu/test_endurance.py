@@ -32,7 +32,7 @@ WAIT_S = 5 * WATCHDOG_S
 
 SLOW = """
 import os, sys, threading
-from engine import sinks, stage0, stage1, worker
+from engine import sinks, stage0, stage1, warmup, worker
 rank = int(os.environ["RANK"])
 waited = []
 def once(owner, name, where, place, when=None):
@@ -48,6 +48,7 @@ def once(owner, name, where, place, when=None):
 os._exit(worker.main(sys.argv[1:]))
 """
 LOAD = 'once(worker, "build_generator", {rank}, "load")'
+COMPILE = 'once(warmup, "compile_alone", {rank}, "compile")'
 WARM_UP = 'once(warmup, "in_lockstep", {rank}, "warm-up")'
 PREPARE = 'once(stage0.Stage0, "step", 0, "phase A")'
 SINK = """
@@ -76,7 +77,7 @@ def make_config(cache: Path, **dotted: object) -> EngineConfig:
 @pytest.mark.slow
 def test_slow_loading_and_compiling_end_nobody(weights_cache: Path, tmp_path: Path) -> None:
     """One rank loads, then the other compiles, 5 watchdogs longer than its peer: those have budgets of their own."""
-    entry = slow_at(LOAD.format(rank=0), WARM_UP.format(rank=1))
+    entry = slow_at(LOAD.format(rank=0), COMPILE.format(rank=1))
     with (
         referee(tmp_path / "run") as beside,
         start_ranks(tmp_path / "run", make_config(weights_cache), entry=entry) as job,
@@ -87,10 +88,10 @@ def test_slow_loading_and_compiling_end_nobody(weights_cache: Path, tmp_path: Pa
         assert outcome.exit_codes == {0: 0, 1: 0}, outcome.stderr
         assert beside.leave() == 0
     assert "waited in load" in outcome.stderr[0]
-    assert "waited in warm-up" in outcome.stderr[1]
+    assert "waited in compile" in outcome.stderr[1]
     times = {rank: report["times"] for rank, report in outcome.reports.items()}
     assert times[1]["load_s"] - times[1]["loaded_s"] > WAIT_S  # for its peer's load
-    assert times[0]["ready_s"] - times[0]["load_s"] > WAIT_S  # and the peer for its warm-up
+    assert times[0]["ready_s"] - times[0]["load_s"] > WAIT_S  # and the peer while it compiled
     assert beside.record is None
 
 
