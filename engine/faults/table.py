@@ -34,6 +34,7 @@ from engine.faults.acts import (
     terminate,
     truncate,
 )
+from engine.faults.codecs import full_worker
 from engine.faults.memory import exhaust
 from engine.faults.places import after_call, in_phase_b, on_the_wire, prepared, received, while_peers_wait
 from engine.faults.pplink import (
@@ -105,7 +106,7 @@ FAULTS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
 
 
 # Faults that no tripwire sees, and no job dies of. Of content, which every rank carries on from alike: `tpctl kv-audit
-# --deep` finds it. Of time alone: bring-up finds it in the records (`engine.measures`).
+# --deep` finds it. Of time alone, or of memory: bring-up finds it in the records (`engine.measures`) and the reports.
 AUDITED: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
-    {"KV-DRIFT": after_call(drift), "O-02": send_after_decode}
+    {"KV-DRIFT": after_call(drift), "O-02": send_after_decode, "P0-WARM-UP": full_worker}
 )
