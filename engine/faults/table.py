@@ -35,6 +35,7 @@ from engine.faults.acts import (
     terminate,
     truncate,
 )
+from engine.faults.codecs import full_worker
 from engine.faults.compiler import compiles_anew
 from engine.faults.memory import exhaust
 from engine.faults.places import after_call, in_phase_b, on_the_wire, prepared, received, while_peers_wait
@@ -109,8 +110,13 @@ FAULTS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
 
 
 # Faults that no tripwire sees, and no job dies of. Of content, which every rank carries on from alike: `tpctl kv-audit
-# --deep` finds it. Of time alone: bring-up and `tpctl timeline` find it in the
-# records (`engine.measures`).
+# --deep` finds it. Of time alone, or of memory: bring-up and `tpctl timeline` find it in the records (`engine.measures`)
+# and in the reports.
 AUDITED: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
-    {"KV-DRIFT": after_call(drift), "O-02": send_after_decode, "SLOW-RANK": slow}
+    {
+        "KV-DRIFT": after_call(drift),
+        "O-02": send_after_decode,
+        "SLOW-RANK": slow,
+        "P0-WARM-UP": full_worker,
+    }
 )

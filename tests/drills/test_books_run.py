@@ -24,7 +24,7 @@ from engine.config import EngineConfig, from_dict
 from tests.cli.conftest import validated
 from tpctl.app import app
 from tpctl.books import record
-from tpctl.books.cause import CAUSED, Causes
+from tpctl.books.cause import CAUSED, FULL, Causes
 from tpctl.books.checklist import Item, load_all
 from tpctl.books.execute import BRINGUP, CASES, Commands, Ran
 from tpctl.books.perform import judge as judge_block
@@ -84,14 +84,18 @@ def grounds(base: EngineConfig, tmp_path_factory: pytest.TempPathFactory) -> tup
     root = tmp_path_factory.mktemp("books")
     with ThreadPoolExecutor() as pool:
         walked = pool.submit(walk_all, root, base)
-        caused = pool.submit(Causes(root / "caused").cause, CAUSED, base)
+        caused = [
+            pool.submit(Causes(root / f"caused{n}").cause, names, base)
+            for n, names in enumerate((FULL, CAUSED - set(FULL)))
+        ]
         linked = pool.submit(cut_links, base, root / "linked")
         shares = [pool.submit(run_unguarded, base, root / str(share), share) for share in range(NURSERIES)]
         done = walked.result()
-        caused.result()
+        for one in caused:
+            one.result()
         linked.result()
         results = {name: result for share in shares for name, result in share.result().items()}
-    for made in [*(root / "caused").iterdir(), *(root / "linked").iterdir()]:
+    for made in [*root.glob("caused*/*"), *root.glob("linked/*")]:
         if (made / "ranks").is_dir():
             made.rename(done.drills / made.name)
     return done, results
@@ -219,7 +223,7 @@ def planted_case(item: Item, done: Done, unguarded: dict[str, Result]) -> Ran:
     answer = json.loads(stdout_of(done, BRINGUP))
     wanted = next((step for step in (item.expect.path or "").split("/") if step.startswith("id=")), "id=v1.1c-tp2")
     row = next(row for row in answer["data"]["cases"] if row["id"] == wanted.removeprefix("id="))
-    seen = planted(item.drill, row, done.directory.parent / answer["data"]["run_dir"], done.drills, unguarded)
+    seen = planted(item.drill, row, done.drills, unguarded)
     assert seen.reports, "what was planted must have left something to judge"
     findings = [evaluate(finding["id"], seen) for finding in row["findings"] if finding["id"] in gates_of(row)]
     row["findings"] = [plain(finding.to_dict()) for finding in findings]
@@ -232,12 +236,8 @@ def gates_of(row: dict[str, Any]) -> set[str]:
     return set(builtin(2).select([row["id"]]).cases[-1].gates)
 
 
-def planted(drill: str, row: dict[str, Any], bringup: Path, drills: Path, unguarded: dict[str, Result]) -> Observation:
+def planted(drill: str, row: dict[str, Any], drills: Path, unguarded: dict[str, Result]) -> Observation:
     case = builtin(2).select([row["id"]]).cases[-1]
-    directory = bringup / row["id"]
-    reports = read_reports(directory)
-    if drill == "rank 0":  # a worker that holds what rank 0 holds
-        return Observation(case, directory, reports={0: reports[0], 1: reports[0]})
     if drill in CAUSED:
         caused = drills / drill
         return Observation(case, caused, reports=read_reports(caused))

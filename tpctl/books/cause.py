@@ -10,18 +10,19 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.config import EngineConfig, from_dict
-from tpctl.books.execute import execute
-from tpctl.drill.ranks import Nursery
+from tpctl.books.execute import Ran, execute
+from tpctl.drill.ranks import Nursery, free_port
 from tpctl.errors import CliError
 from tpctl.launch.environment import rank_environment
 from tpctl.matrix.runner import make_assets
 
-# No drills, for nobody dies of them in time, or of them alone. One rank of two is started, and the other never comes.
+# No drills: nobody dies of these, but of the first. One rank of two is started, and the other never comes.
 ALONE = "alone"
 JOIN_S, DEADLINE_S = 2.0, 60.0
 # Envelopes wait for the decode of the chunk before them: the fault that collapses the overlap.
@@ -31,6 +32,9 @@ SLOW_RANK = "slow-rank"
 # Somebody reads the frames, and takes this long for each chunk of them: many times what a chunk takes to make.
 SLOW_SINK = "slow-sink"
 PACE_S = 0.4
+# A rank of the mesh holds what only rank 0 should: a worker, and the mesh leader in pp.
+FULL_WORKER, FULL_LEADER = "full-worker", "full-leader"
+WARM_UP = {"id": "P0-WARM-UP", "victim_rank": 1}
 CHUNKS = 10
 SIZE = {"height": 16, "width": 16}
 CHUNK_BYTES = 12 * SIZE["height"] * SIZE["width"] * 3
@@ -81,19 +85,19 @@ class Causes:
         self.root.mkdir(exist_ok=True)
         if ALONE in wanted:
             self._alone(base)
-        if slow := [name for name in SLOW if name in wanted]:
+        if wanted & (SLOW.keys() | FULL.keys()):
             make_assets(base, self.root / "assets")
+        if slow := [name for name in SLOW if name in wanted]:
             with Nursery(self.root / "nursery.log") as nursery:
                 for name in slow:
                     SLOW[name](self, nursery, base)
+        for name in FULL.keys() & wanted:
+            self._full(name, base)
 
     def _alone(self, base: EngineConfig) -> None:
         """Start rank 0 of two, and see it give up."""
         directory, path = self._configured(ALONE, base, plan={"tp": 2}, comm={"join_timeout_s": JOIN_S})
-        argv = [sys.executable, "-m", "engine.worker", "--config", str(path), "--run-dir", str(directory)]
-        lonely = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        ran = execute(argv, DEADLINE_S, {**rank_environment(), **lonely}, None)
-        (directory / "stderr0.log").write_text(ran.stderr, encoding="utf-8")
+        ran = _start(directory, path, 0, "0")
         if ran.late or ran.code == 0:
             raise CliError(f"a rank that waits for another one in vain did not give up: {directory}", code="TP-8114")
 
@@ -114,14 +118,24 @@ class Causes:
         with _reading_slowly(pipe):
             self._run(SLOW_SINK, nursery, base, plan={"tp": 2}, schedule=schedule, sink=sink)
 
+    def _full(self, name: str, base: EngineConfig) -> None:
+        """In processes of their own: ranks of a nursery have the codecs imported before they are any rank."""
+        sink = {"kinds": ["null"]}
+        directory, path = self._configured(name, base, plan=FULL[name], run={"chunks": 3}, sink=sink, drill=WARM_UP)
+        port = str(free_port())
+        with ThreadPoolExecutor() as pool:
+            ended = list(pool.map(lambda rank: _start(directory, path, rank, port), (0, 1)))
+        self._well(directory, {rank: ran.code for rank, ran in enumerate(ended)})
+
     def _run(self, name: str, nursery: Nursery, base: EngineConfig, **sections: Mapping[str, Any]) -> None:
-        """A job that is slow and nothing else: it comes to its end, and all ranks leave with 0."""
+        """A job that is slow, or too large, and nothing else: it comes to its end, and all ranks leave with 0."""
         directory, path = self._configured(name, base, geometry=SIZE, run={"chunks": CHUNKS}, **sections)
         ended = nursery.run(directory, path, 2, DEADLINE_S, supervise_s=0.0, referee=False)
-        if any(ended.codes.values()) or ended.timed_out:
-            raise CliError(
-                f"a job that should only be slow did not end well: {ended.codes}, {directory}", code="TP-8114"
-            )
+        self._well(directory, ended.codes)
+
+    def _well(self, directory: Path, codes: Mapping[int, int]) -> None:
+        if set(codes.values()) != {0}:
+            raise CliError(f"a job that should come to its end did not end well: {codes}, {directory}", code="TP-8114")
 
     def _configured(self, name: str, base: EngineConfig, **sections: Mapping[str, Any]) -> tuple[Path, Path]:
         """The directory of a cause, and the configuration in it."""
@@ -133,6 +147,16 @@ class Causes:
         path = directory / "config.toml"
         path.write_text(tomli_w.dumps(config.to_dict()), encoding="utf-8")
         return directory, path
+
+
+def _start(directory: Path, config: Path, rank: int, port: str) -> Ran:
+    """One rank of two, to its end."""
+    argv = [sys.executable, "-m", "engine.worker", "--config", str(config), "--run-dir", str(directory)]
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ran = execute(argv, DEADLINE_S, {**rank_environment(), **place, **where}, None)
+    (directory / f"stderr{rank}.log").write_text(ran.stderr, encoding="utf-8")
+    return ran
 
 
 @contextlib.contextmanager
@@ -163,4 +187,8 @@ SLOW: Mapping[str, Callable[[Causes, Nursery, EngineConfig], None]] = {
     SLOW_RANK: Causes._slow_rank,
     SLOW_SINK: Causes._slow_sink,
 }
-CAUSED = frozenset({ALONE, *SLOW})
+FULL: Mapping[str, Mapping[str, Any]] = {
+    FULL_WORKER: {"tp": 2},
+    FULL_LEADER: {"tp_plan": "pp0", "tp": 1},
+}
+CAUSED = frozenset({ALONE, *SLOW, *FULL})

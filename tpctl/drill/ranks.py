@@ -96,7 +96,7 @@ class Nursery:
         if referee:
             self._start_referee(run_dir, ranks)
             judging = True
-        port = _free_port()
+        port = free_port()
         before = set(os.listdir("/dev/shm"))
         for rank in range(ranks):
             environ = rank_environment() | {
@@ -197,7 +197,7 @@ def _state(pid: int) -> str:
     return stat[stat.rindex(")") + 2]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
