@@ -110,8 +110,8 @@ FAULTS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
 
 
 # Faults that no tripwire sees, and no job dies of. Of content, which every rank carries on from alike: `tpctl kv-audit
-# --deep` finds it. Of time alone, or of memory: bring-up and `tpctl timeline` find it in the records (`engine.measures`)
-# and in the reports.
+# --deep` finds it. Of time alone, or of memory: bring-up and `tpctl timeline` find it in the records
+# (`engine.measures`) and in the reports.
 AUDITED: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
     {
         "KV-DRIFT": after_call(drift),
