@@ -5,6 +5,7 @@ A selection of drills runs here. `TPCTL_DRILLS_DIR=runs/X` has it judge every dr
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -133,6 +134,11 @@ def test_triage_names_rank_and_failure_mode(name: str, root: Path) -> None:
     assert found.coverage.checked == found.coverage.expected == drill.ranks
     if name not in {*DRAINED, "OM-24.twice"}:
         assert found.runbook
+
+
+def test_stage_0_hears_from_its_leader_what_was_asked_for_in_vain(root: Path) -> None:
+    error = json.loads((root / "OM-28.pp-leader" / "ranks" / "rank0.json").read_text())["error"]
+    assert "TP-6601: rank 1 asked for 1073741824 bytes in vain, in chunk 2" in error["message"]
 
 
 @pytest.mark.parametrize("name", DRILLS if READY else CHOSEN)

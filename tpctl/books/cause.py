@@ -121,7 +121,7 @@ class Causes:
     def _full(self, name: str, base: EngineConfig) -> None:
         """In processes of their own: ranks of a nursery have the codecs imported before they are any rank."""
         sink = {"kinds": ["null"]}
-        directory, path = self._configured(name, base, plan=FULL[name], run={"chunks": 3}, sink=sink, drill=WARM_UP)
+        directory, path = self._configured(name, base, plan=FULL[name], run={"chunks": 1}, sink=sink, drill=WARM_UP)
         port = str(free_port())
         with ThreadPoolExecutor() as pool:
             ended = list(pool.map(lambda rank: _start(directory, path, rank, port), (0, 1)))
