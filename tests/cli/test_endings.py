@@ -12,9 +12,11 @@ import time
 from dataclasses import replace
 
 from engine.config import EngineConfig
+from engine.lifecycle import Doing
 from tests.cli.conftest import validated
 from tests.cli.jobs import DEADLINE_S, data_of, nap, sets, state, tag_of, until
 from tpctl.jobs import place, start
+from tpctl.jobs.observe import observe
 from tpctl.jobs.process import Process
 from tpctl.jobs.record import JobRecord
 from tpctl.launch.local import tagged
@@ -66,13 +68,27 @@ def test_a_drain_under_load_loses_nothing_and_its_receipt_says_so(cli, state):
     assert validated(never.stdout)["data"]["waited_s"] < 5
 
 
+def stop_the_mesh(name: str, pid: int) -> None:
+    """Stop its one rank, and wait until rank 0 waits for it and nothing else: a drain is then before its point of no
+    return. A chunk of this size takes the mesh some milliseconds."""
+    os.kill(pid, signal.SIGSTOP)
+    end = time.monotonic() + DEADLINE_S
+    while True:
+        seen = observe(place.find(name))
+        stream = seen.ranks[0].stream
+        if stream is not None and stream.doing is Doing.MESH and seen.now_ns - stream.doing_ns > 1e9:
+            return
+        assert time.monotonic() < end
+        nap.wait(0.02)
+
+
 def a_drain_is_taken_back_on_demand(cli, name: str, pid: int) -> None:
     """A mesh that is stopped keeps the drain from its point of no return."""
     nobody = cli("drain", name, "--cancel")
     assert nobody.exit_code == 3
     assert "no drain is under way" in nobody.stderr
     assert "TP-7855" in cli("drain", name, "--cancel", "--deadline", "3").stderr
-    os.kill(pid, signal.SIGSTOP)
+    stop_the_mesh(name, pid)
     command = [sys.executable, "-m", "tpctl", "drain", name, "-o", "json"]
     asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     end = time.monotonic() + DEADLINE_S
@@ -92,7 +108,7 @@ def a_drain_is_taken_back_on_demand(cli, name: str, pid: int) -> None:
 
 
 def a_drain_is_taken_back_at_its_deadline(cli, name: str, pid: int) -> None:
-    os.kill(pid, signal.SIGSTOP)
+    stop_the_mesh(name, pid)
     done = cli("drain", name, "--deadline", "0.5", "--on-deadline", "resume", "-o", "json")
     assert done.exit_code == 6, done.stdout
     receipt = validated(done.stdout)["data"]
