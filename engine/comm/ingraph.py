@@ -14,12 +14,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import library
 
 if TYPE_CHECKING:
     from engine.comm.group import Group
 
 NAMESPACE = "tpctl"
-_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+_operators: Any = library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _groups: weakref.WeakValueDictionary[str, Group] = weakref.WeakValueDictionary()
 _count = itertools.count()
 
@@ -35,11 +36,12 @@ def _all_reduce(tensor: torch.Tensor, handle: str) -> None:
     _groups[handle].all_reduce(tensor)
 
 
-def define(schema: str, body: Callable[..., Any]) -> None:
-    """An operator that runs `body` on every kind of device, and has no gradient."""
-    _library.define(schema)
-    _library.impl(schema.partition("(")[0], body, "CompositeExplicitAutograd")
+def define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """An operator that runs `body` on any device, without a gradient; `fake` gives the shape of its result."""
+    name = schema.partition("(")[0]
+    _operators.define(schema)
+    _operators.impl(name, body, "CompositeExplicitAutograd")
+    library.register_fake(f"{NAMESPACE}::{name}", fake)
 
 
-define("all_reduce_(Tensor(a!) tensor, str handle) -> ()", _all_reduce)
-torch.library.register_fake(f"{NAMESPACE}::all_reduce_", lambda tensor, handle: None)
+define("all_reduce_(Tensor(a!) tensor, str handle) -> ()", _all_reduce, lambda tensor, handle: None)

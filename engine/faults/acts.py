@@ -96,7 +96,7 @@ def slow(scene: Scene) -> None:
                 if not injected:
                     injected = True
                     scene.inject()
-                time.sleep(SLOW_S)
+                time.sleep(SLOW_S)  # the fault itself: nothing waits for it to be over
             return call(*args, **kwargs)
 
         return altered

@@ -171,8 +171,8 @@ def _attend_cached(q_BLHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, ticket: Tenso
     return _open[number].attend(layer, q_BLHd, k_BLHd, v_BLHd).contiguous()
 
 
-ingraph.define("attend_cached(Tensor q, Tensor k, Tensor v, Tensor ticket) -> Tensor", _attend_cached)
-torch.library.register_fake(
-    f"{ingraph.NAMESPACE}::attend_cached",
+ingraph.define(
+    "attend_cached(Tensor q, Tensor k, Tensor v, Tensor ticket) -> Tensor",
+    _attend_cached,
     lambda q, k, v, ticket: torch.empty_like(q, memory_format=torch.contiguous_format),
 )

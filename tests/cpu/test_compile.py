@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from engine.blackbox import BlackBox, read_box
 from engine.comm.group import Group, Phase, PhaseGate, Rank
 from engine.config import EngineConfig, from_dict
 from engine.errors import ConfigError
-from engine.model.compiled import AsWritten, Compiled, resolve_compiler
+from engine.model.compiled import AsWritten, Compiled, keep_kernels_in, resolve_compiler
 from engine.model.dit import DiT
 from tests.cpu.oracle import TINY, build, caches, draw, seeded_state
 from tests.support.ranks import run_ranks
@@ -137,6 +138,21 @@ def test_a_compiler_that_cannot_run_is_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError, match=r"model\.compile 'nonsense' cannot run on cpu") as refused:
         resolve_compiler("nonsense", "cpu")
     assert (refused.value.code, refused.value.exit_code) == ("TP-1032", 77)
+
+
+def test_kernels_are_kept_where_nobody_else_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, threads = "TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS"
+    for name in (kept, threads):
+        monkeypatch.setenv(name, "")  # so that what is set here is taken back
+        monkeypatch.delenv(name)
+    (tmp_path / "file").touch()
+    keep_kernels_in(tmp_path / "file" / "kernels")  # cannot be made: torch's own place has to do
+    assert kept not in os.environ
+    keep_kernels_in(tmp_path / "kernels")
+    assert (tmp_path / "kernels").stat().st_mode & 0o777 == 0o700
+    assert (os.environ[kept], os.environ[threads]) == (str(tmp_path / "kernels"), "1")
+    keep_kernels_in(tmp_path / "other")
+    assert os.environ[kept] == str(tmp_path / "kernels"), "a choice that was made before stands"
 
 
 def config_of(cache: Path, **model: str) -> EngineConfig:
