@@ -14,9 +14,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.blackbox import start_ticks
 from engine.control import NOT_ASKED
 from engine.errors import ConfigError
+from engine.process import start_ticks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

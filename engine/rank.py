@@ -6,12 +6,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import memory
 from engine.blackbox import BlackBox
+from engine.comm.neighbours import Neighbours
 from engine.config import EngineConfig, RankEnv
 from engine.control import Steering
 from engine.drain import DrainRequest
@@ -48,6 +49,7 @@ class RankContext:
     journal: Log
     steering: Steering | None = None
     metrics: StreamMetrics | None = None
+    neighbours: Neighbours = field(default_factory=Neighbours)
 
     def __post_init__(self) -> None:
         self._counting = threading.Lock()  # the loop and the sink writer both count
@@ -224,14 +226,16 @@ class RankContext:
     def _expired(self, deadline: Deadline) -> None:
         orphaned = deadline.exit_code is RankExit.ORPHANED
         blocker = self.writer.blocker() if self.writer is not None and deadline.name == THE_DRAIN else None
+        gone, stopped = self.neighbours.gone(), self.neighbours.stopped()
+        said = [f"rank {rank} is {how}" for ranks, how in ((gone, "gone"), (stopped, "stopped")) for rank in ranks]
         self.leave_now(
             TripwireError(
                 f"rank {self.env.rank} spent more than {deadline.budget_s:g} s in {deadline.name}"
-                + (f"; {blocker}" if blocker else ""),
+                + "".join(f"; {what}" for what in [*said, blocker] if what),
                 code="TP-6401" if orphaned else "TP-6402",
-                fm=deadline.fm,
+                fm="FM-40" if deadline.fm and gone else deadline.fm,
                 exit_code=int(deadline.exit_code),
-                evidence={"waited_in": deadline.name, "budget_s": deadline.budget_s},
+                evidence={"waited_in": deadline.name, "budget_s": deadline.budget_s, "gone": gone, "stopped": stopped},
                 next_step="tpctl triage RUN_DIR",
             )
         )

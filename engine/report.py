@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from engine.blackbox import start_ticks
 from engine.errors import EngineError
 from engine.lifecycle import RankState, can_move
+from engine.process import start_ticks
 
 SCHEMA, SCHEMA_VERSION = "tpctl.rank-report", 1
 # A stream without an end must not fill the memory: the report keeps its last chunks, the chunk records keep all.

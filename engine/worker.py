@@ -85,6 +85,7 @@ class Worker:
         report.move(RankState.JOINING)
         meeting = MeetingPoint(self.env, self.topology, comm.join_timeout_s)
         meeting.meet("join", comm.join_timeout_s)
+        self.context.neighbours = meeting.neighbours("join")
         groups = create_groups(self.env, self.config, self.topology, meeting, self.blackbox)
         faults.before_handshake(self.config, self.env.rank, self.blackbox)
         report.parity = parity.launch_observation(self.config)

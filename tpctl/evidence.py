@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from engine.blackbox import Contents, start_ticks
+from engine.blackbox import Contents
 from engine.lifecycle import RankState
+from engine.process import start_ticks
 from engine.referee.snapshot import Life
 from tpctl.errors import RunError
 from tpctl.follow import configured_ranks

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.blackbox import BlackBoxError, start_ticks
+from engine.blackbox import BlackBoxError
 from engine.blackbox.reader import Box
 from engine.config import load
 from engine.errors import EngineError
+from engine.process import start_ticks
 from engine.records import ALGORITHM, Header, RecordReader, RecordsError
 from tpctl.errors import RunError
 from tpctl.reports import read_reports

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from engine.blackbox import start_ticks
+from engine.process import start_ticks
 from tpctl import snapshot
 
 PROC = Path("/proc")

@@ -23,7 +23,7 @@ from engine.blackbox.reader import (
     read_box,
     unpack_collective,
 )
-from engine.blackbox.writer import BlackBox, pack_signature, pack_site, start_ticks
+from engine.blackbox.writer import BlackBox, pack_signature, pack_site
 
 __all__ = [
     "COLLECTIVE_KEY",
@@ -40,6 +40,5 @@ __all__ = [
     "pack_site",
     "read",
     "read_box",
-    "start_ticks",
     "unpack_collective",
 ]

@@ -49,6 +49,7 @@ from engine.blackbox.layout import (
     BlackBoxError,
 )
 from engine.lifecycle import Doing, RankState
+from engine.process import start_ticks
 
 # Looked up once: these stand on the path of every collective.
 COLLECTIVE_BYTES = COLLECTIVE.size
@@ -220,13 +221,3 @@ def pack_signature(hash_u64: int, group: str, op: str, what: str) -> bytes:
 def pack_site(file: str, line: int) -> bytes:
     """Where a collective is called; `file` keeps its last 56 bytes."""
     return SITE.pack(line, file.encode()[-56:])
-
-
-def start_ticks(pid: int) -> int:
-    """When a process started, in clock ticks since boot: with its id, this names it for good.
-
-    Raises:
-        OSError: there is no such process.
-    """
-    stat = Path(f"/proc/{pid}/stat").read_bytes()
-    return int(stat[stat.rindex(b")") + 2 :].split()[19])

@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.blackbox import BlackBox
 from engine.comm.group import Group, PhaseGate, Rank, dist
+from engine.comm.neighbours import Neighbours, introduction
 from engine.comm.pair import Pair
 from engine.config import EngineConfig, RankEnv
 from engine.errors import CommError, ConfigError, JoinError
@@ -123,7 +124,7 @@ class MeetingPoint:
             JoinError: names the ranks that did not come within `timeout_s`.
         """
         torch_dist = dist()
-        self.store.set(f"{place}/{self._env.rank}", b"1")
+        self.store.set(f"{place}/{self._env.rank}", introduction())
         deadline = time.monotonic() + timeout_s
         keys = {rank: f"{place}/{rank}" for rank in range(self._env.world_size)}
         try:
@@ -139,6 +140,11 @@ class MeetingPoint:
                 evidence={"missing": missing, "place": place, "timeout_s": timeout_s},
                 next_step="look at the missing rank's stderr.log in the run directory",
             ) from error
+
+    def neighbours(self, place: str) -> Neighbours:
+        """The ranks of this host, once all have met at `place`."""
+        ranks = range(self._env.world_size)
+        return Neighbours.read(self._env.rank, {rank: self.store.get(f"{place}/{rank}") for rank in ranks})
 
     def _said(self, ranks: list[int]) -> str:
         named = [self._topology.named(rank) for rank in ranks]

@@ -6,7 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from engine.blackbox import BlackBoxError, Box, start_ticks
+from engine.blackbox import BlackBoxError, Box
+from engine.process import start_ticks
 
 NAME = re.compile(r"rank(\d{1,6})\.blackbox")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 
-from engine.blackbox import start_ticks
+from engine.process import start_ticks
 
 
 class Parent:

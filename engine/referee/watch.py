@@ -9,8 +9,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from engine.blackbox import BlackBoxError, Box, Collective, Live, Members, start_ticks, unpack_collective
+from engine.blackbox import BlackBoxError, Box, Collective, Live, Members, unpack_collective
 from engine.lifecycle import RankState
+from engine.process import start_ticks
 from engine.referee.find import Finder
 from engine.referee.ledgers import Ledgers
 from engine.referee.snapshot import Ending, Life, Seat, Snapshot

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.process import Process
 from tests.cli.conftest import validated
 from tpctl.jobs import place
-from tpctl.jobs.process import Process
 from tpctl.launch.local import tagged
 
 DEADLINE_S = 120.0

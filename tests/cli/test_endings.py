@@ -13,11 +13,11 @@ from dataclasses import replace
 
 from engine.config import EngineConfig
 from engine.lifecycle import Doing
+from engine.process import Process
 from tests.cli.conftest import validated
 from tests.cli.jobs import DEADLINE_S, data_of, nap, sets, state, tag_of, until
 from tpctl.jobs import place, start
 from tpctl.jobs.observe import observe
-from tpctl.jobs.process import Process
 from tpctl.jobs.record import JobRecord
 from tpctl.launch.local import tagged
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from engine.process import Process
 from tests.cli.conftest import validated
 from tests.cli.jobs import in_state, sets, tag_of, until
 from tpctl.drill.host import LINK
 from tpctl.drill.twohosts import ADDRESSES, why_not
-from tpctl.jobs.process import Process
 from tpctl.launch.local import tagged
 
 NAME = "two"

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import tomli_w
 
-from engine.blackbox import start_ticks
 from engine.config import EngineConfig, from_dict
+from engine.process import start_ticks
 from tests.cli.conftest import validated
 from tests.support.ranks import Job, start_ranks
 from tpctl import liverank

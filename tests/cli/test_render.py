@@ -17,12 +17,12 @@ import jsonschema
 import pytest
 import yaml
 
+from engine.process import Process
 from tests.cli.conftest import validated
 from tests.cli.jobs import DEADLINE_S, TINY, in_state, nap, until
 from tests.cli.test_surface import _examples
 from tests.support.ranks import free_port
 from tpctl.bundle import archive
-from tpctl.jobs.process import Process
 from tpctl.launch.local import tagged
 
 SCHEMA = json.loads((Path(__file__).parent / "leaderworkerset.schema.json").read_text())

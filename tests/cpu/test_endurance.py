@@ -17,12 +17,12 @@ import pytest
 from engine.blackbox import BlackBoxError, Collective, read_box
 from engine.config import EngineConfig, from_dict
 from engine.lifecycle import Doing
+from engine.process import boot_id
 from tests.cpu.test_video_source import film
 from tests.support.ranks import Job, start_ranks
 from tests.support.refereed import referee
 from tpctl.jobs.health import Health, JobState, judge
 from tpctl.jobs.observe import Seen, observe_ranks
-from tpctl.jobs.process import boot_id
 from tpctl.jobs.record import Attempt, JobRecord
 
 # A watchdog that a crowded machine does not trip: a beat may come a second late.

@@ -9,10 +9,10 @@ import pytest
 from engine.blackbox import Commitment, Live, Stream
 from engine.config import EngineConfig
 from engine.lifecycle import Doing, RankState
+from engine.process import Process
 from tpctl.jobs.health import JobState, judge, stall_limit_s
 from tpctl.jobs.hosts import drained_elsewhere
 from tpctl.jobs.observe import RankSeen, Seen
-from tpctl.jobs.process import Process
 from tpctl.jobs.record import Attempt, JobRecord
 from tpctl.verdict import Verdict
 

@@ -27,6 +27,7 @@ ROOMS = (
         "measures",
         "memory",
         "metrics",
+        "process",
         "sealed",
         "seeded_tokenizer",
     ),
@@ -54,6 +55,7 @@ FIRST_GROUP = (
     "records",
     "report",
     "measures",
+    "process",
     "sealed",
 )
 TPCTL_MAY_IMPORT = {*FIRST_GROUP, "wire.header", "wire.problem", "referee", "model.sharding"}

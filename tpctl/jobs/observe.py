@@ -9,9 +9,9 @@ from pathlib import Path
 
 from engine.blackbox import BlackBoxError, Box, Commitment, Live, Stream
 from engine.lifecycle import RankState
+from engine.process import Process, boot_id
 from tpctl.follow import box_ranks
 from tpctl.jobs.place import JobDir
-from tpctl.jobs.process import Process, boot_id
 from tpctl.jobs.record import JobRecord
 
 

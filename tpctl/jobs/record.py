@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.process import Process
 from tpctl.errors import JobError
-from tpctl.jobs.process import Process
 
 SCHEMA, SCHEMA_VERSION = "tpctl.job", 1
 # How a job ends. `drained` on demand; `finished` with the last chunk of a stream that has an end.

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.process import boot_id
 from engine.timeline import Timeline
 from tpctl.errors import JobError, LaunchError
 from tpctl.jobs import place
 from tpctl.jobs.hosts import Hosts
 from tpctl.jobs.observe import Seen, observe
 from tpctl.jobs.place import JobDir
-from tpctl.jobs.process import boot_id
 from tpctl.jobs.record import JobRecord
 from tpctl.remains import tail
 

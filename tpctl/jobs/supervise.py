@@ -28,6 +28,7 @@ from engine.config import EngineConfig, load
 from engine.control import NOT_ASKED
 from engine.errors import EngineError
 from engine.lifecycle import RankExit, RankState
+from engine.process import Process
 from tpctl.errors import JobError
 from tpctl.jobs.blocker import blockers
 from tpctl.jobs.hosts import drained_elsewhere
@@ -35,7 +36,6 @@ from tpctl.jobs.line import Line
 from tpctl.jobs.observe import RankSeen, observe_ranks
 from tpctl.jobs.order import Answer, Kind, OnDeadline, Order, read_order
 from tpctl.jobs.place import JobDir
-from tpctl.jobs.process import Process
 from tpctl.jobs.reason import exit_codes, first_reason
 from tpctl.jobs.record import Attempt, JobRecord
 from tpctl.launch import local
