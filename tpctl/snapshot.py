@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -287,5 +288,5 @@ def _tool(command: list[str]) -> str | None:
 if __name__ == "__main__":  # what `tpctl parity-check` starts, once a planned rank, in the ranks' own environment
     from engine.config import load
 
-    where = Path(sys.argv[1])
-    print(json.dumps(take(load([("file", where)], None))))
+    of_all = load([("file", Path(sys.argv[1]))], None)
+    print(json.dumps(take(replace(of_all, config=of_all.config.of_rank(int(os.environ["RANK"]))))))

@@ -27,7 +27,7 @@ from engine.config.sections import (
     SourceConfig,
     TripwireConfig,
 )
-from engine.config.values import convert, unknown
+from engine.config.values import convert, parse_text, unknown
 from engine.errors import ConfigError
 from engine.plan import PP_PLANS, canonical_plan, steps_within
 
@@ -105,6 +105,22 @@ class EngineConfig:
             section, key = name.split("__")
             data[section][key] = value
         return from_dict(data)
+
+    def of_rank(self, rank: int) -> EngineConfig:
+        """What this rank will hold: the victim of a drill that *is* a difference gets `drill.differs` on top.
+
+        Raises:
+            ConfigError: a malformed `differs`.
+        """
+        if not self.drill.differs or rank != self.drill.victim_rank:
+            return self
+        dotted, equals, text = self.drill.differs.partition("=")
+        if not equals:
+            raise ConfigError("drill.differs must be section.key=value", code="TP-1013")
+        known = dotted_keys()
+        if dotted not in known:
+            raise ConfigError(f"drill.differs names no key: '{dotted}'", code="TP-1013")
+        return self.replace(**{dotted.replace(".", "__"): parse_text(text, known[dotted], dotted, "drill.differs")})
 
 
 SECTIONS: dict[str, type] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.blackbox import BlackBox
 from engine.comm.topology import Groups
-from engine.config import EngineConfig, dotted_keys, parse_text
+from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.faults.acts import debug_collective
 from engine.faults.compiler import EARLY
@@ -14,7 +14,7 @@ from engine.faults.unguard import UNGUARD
 
 
 def differ(config: EngineConfig, rank: int) -> EngineConfig:
-    """The configuration of this rank: the victim of a drill that *is* a difference gets `drill.differs` on top.
+    """The configuration of this rank, of a drill that there is: see `EngineConfig.of_rank`.
 
     Raises:
         ConfigError: a drill that nobody knows, or a malformed `differs`.
@@ -26,15 +26,7 @@ def differ(config: EngineConfig, rank: int) -> EngineConfig:
         raise ConfigError(f"{drill.id} has no guard to switch off: an audit finds it", code="TP-1013")
     if drill.id not in FAULTS and drill.id not in AUDITED:
         raise ConfigError(f"drill.id: there is no drill '{drill.id}'", code="TP-1013", next_step="tpctl drill --list")
-    if not drill.differs or rank != drill.victim_rank:
-        return config
-    dotted, equals, text = drill.differs.partition("=")
-    if not equals:
-        raise ConfigError("drill.differs must be section.key=value", code="TP-1013")
-    known = dotted_keys()
-    if dotted not in known:
-        raise ConfigError(f"drill.differs names no key: '{dotted}'", code="TP-1013")
-    return config.replace(**{dotted.replace(".", "__"): parse_text(text, known[dotted], dotted, "drill.differs")})
+    return config.of_rank(rank)
 
 
 def before_handshake(config: EngineConfig, rank: int, blackbox: BlackBox) -> None:

@@ -1,7 +1,7 @@
 """Runs command lines for real, without a shell, each at most once.
 
-A line that begins with `tpctl` runs this interpreter's own. `{run}` and the other placeholders stand for run
-directories that are made on demand, and once.
+A line that begins with `tpctl` runs this interpreter's own. `{scratch}` stands for an empty directory that is gone
+afterwards, the other placeholders for run directories that are made on demand, and once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 from tpctl.books.place import BookError
@@ -26,6 +28,7 @@ from tpctl.verdict import ANSWERED, Verdict, worst
 PLACEHOLDER = re.compile(r"\{([a-z]+)\}")
 # One small bring-up that the items of all checklists share: the reference, the TP plan and a pp plan.
 BRINGUP = "tpctl bringup --case v1.1c-tp2 --case pp0-r0a -o json"
+SCRATCH = "scratch"
 CASES = {"run": "v1.1c-tp2", "pp": "pp0-r0a"}
 ONE_DRILL = re.compile(r"tpctl drill ((?:OM|C)-[0-9]+[.a-z-]*) -o json")
 # To bury what was killed.
@@ -66,6 +69,11 @@ class Commands:
     cwd: Path | None = None
     done: dict[str, Ran] = field(default_factory=dict)
 
+    @cached_property
+    def _scratch(self) -> TemporaryDirectory[str]:
+        """Gone with the interpreter, or sooner."""
+        return TemporaryDirectory(prefix="tpctl-scratch-")
+
     def run(self, command: str, timeout_s: float) -> Ran:
         """The command's answer; from memory if it ran before.
 
@@ -83,6 +91,9 @@ class Commands:
     def fill(self, command: str, timeout_s: float) -> str:
         """The command with every placeholder replaced."""
         for name in sorted(set(PLACEHOLDER.findall(command))):
+            if name == SCRATCH:
+                command = command.replace(f"{{{name}}}", mkdtemp(dir=self._scratch.name))
+                continue
             if self.makes and name not in self.given and name in CASES:
                 self._bring_up(timeout_s)
             if name not in self.given:
