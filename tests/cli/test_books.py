@@ -167,6 +167,15 @@ def test_a_program_that_is_not_there_answers_127():
     assert execute(["no-such-program-here"], 5.0, {}, None).code == 127
 
 
+def test_a_scratch_directory_is_new_each_time_and_gone_afterwards():
+    commands = Commands()
+    made = [Path(shlex.split(commands.fill("tpctl bundle JOB --out {scratch}/b.tar.gz", 5.0))[-1]) for _ in range(2)]
+    assert made[0] != made[1]
+    assert all(path.parent.is_dir() and not path.exists() for path in made)
+    del commands
+    assert not any(path.parent.exists() for path in made)
+
+
 def test_a_placeholder_that_nobody_gave_is_named():
     with pytest.raises(BookError, match=r"needs a value for \{job\}"):
         Commands().run("tpctl status {job}", 5.0)

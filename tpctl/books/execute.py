@@ -10,15 +10,16 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import mkdtemp
 from typing import Any
 
 from tpctl.books.place import BookError
@@ -69,11 +70,6 @@ class Commands:
     cwd: Path | None = None
     done: dict[str, Ran] = field(default_factory=dict)
 
-    @cached_property
-    def _scratch(self) -> TemporaryDirectory[str]:
-        """Gone with the interpreter, or sooner."""
-        return TemporaryDirectory(prefix="tpctl-scratch-")
-
     def run(self, command: str, timeout_s: float) -> Ran:
         """The command's answer; from memory if it ran before.
 
@@ -92,7 +88,7 @@ class Commands:
         """The command with every placeholder replaced."""
         for name in sorted(set(PLACEHOLDER.findall(command))):
             if name == SCRATCH:
-                command = command.replace(f"{{{name}}}", mkdtemp(dir=self._scratch.name))
+                command = command.replace(f"{{{name}}}", self._scratch())
                 continue
             if self.makes and name not in self.given and name in CASES:
                 self._bring_up(timeout_s)
@@ -102,6 +98,12 @@ class Commands:
                 )
             command = command.replace(f"{{{name}}}", shlex.quote(self.given[name]))
         return command
+
+    def _scratch(self) -> str:
+        """An empty directory that goes when nobody holds these commands any more, or with the interpreter."""
+        directory = mkdtemp(prefix="tpctl-scratch-")
+        weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+        return directory
 
     def _bring_up(self, timeout_s: float) -> None:
         ran = self.run(BRINGUP, timeout_s)
