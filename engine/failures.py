@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import torch
 
-from engine import memory
 from engine.errors import CommError, EngineError
 from engine.lifecycle import RankExit, RankState
 from engine.report import RankReport
@@ -23,10 +22,10 @@ def guard(run: Callable[[], None], report: RankReport) -> int:
         print(f"rank {report.rank}: {error.code} {error.fm or ''}: {error.message}", file=sys.stderr)
         print(f"next: {error.next_step}", file=sys.stderr, flush=True)
     except Exception as error:  # noqa: BLE001 - the boundary: a bug is recorded like any other cause of death
-        wrapped = _named(error, report.rank)
-        report.error, report.exit_code = wrapped.to_record(), wrapped.exit_code
+        ours = CommError(str(error)) if isinstance(error, torch.distributed.DistError) else EngineError(repr(error))
+        report.error, report.exit_code = ours.to_record(), ours.exit_code
         traceback.print_exc()
-        print(f"rank {report.rank}: {wrapped.code}: {wrapped.message}", file=sys.stderr, flush=True)
+        print(f"rank {report.rank}: {ours.code}: {ours.message}", file=sys.stderr, flush=True)
     else:
         report.exit_code = int(RankExit.DRAINED)
         report.move(RankState.EXITED)
@@ -34,11 +33,3 @@ def guard(run: Callable[[], None], report: RankReport) -> int:
         report.move(RankState.ABORTED)
     report.write()
     return report.exit_code or 0
-
-
-def _named(error: Exception, rank: int) -> EngineError:
-    """An error of torch or Python as one of ours; what nobody foresaw keeps its own words."""
-    if isinstance(error, torch.distributed.DistError):
-        return CommError(str(error))
-    shortage = memory.named(error, rank, {})
-    return shortage if isinstance(shortage, EngineError) else EngineError(repr(error))

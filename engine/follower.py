@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine import memory
 from engine.comm.transport import BroadcastLink
 from engine.lifecycle import RankExit, RankState
 from engine.rank import RankContext
@@ -16,7 +15,6 @@ if TYPE_CHECKING:  # a generator-only worker never imports the codecs
     from engine.materials import Materials
 
 
-@memory.names_shortage
 def follow(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: Materials | None) -> None:
     """Serve frames until SHUTDOWN. Raises PeerError on ERROR, and whatever else ends this rank early."""
     live, report = context.config.liveness, context.report

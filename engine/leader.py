@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import sys
 
-from engine import memory
 from engine.comm.transport import BroadcastLink
 from engine.errors import CallCountError, EngineError, PreflightError, SinkError, SourceError
 from engine.lifecycle import Doing, RankExit, RankState
@@ -23,7 +22,6 @@ from engine.wire.header import Action
 from engine.wire.meta import error_meta
 
 
-@memory.names_shortage
 def lead(context: RankContext, link: BroadcastLink, stage1: Stage1, materials: Materials) -> None:
     """Make the run's chunks until the timeline's end or a drain. Raises what ends the stream early."""
     config, report = context.config, context.report

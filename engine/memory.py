@@ -18,7 +18,7 @@ from engine.report import rss_bytes
 WORDS = re.compile(r"(can't|cannot|unable to) allocate|out of memory", re.IGNORECASE)
 ASKED = re.compile(r"(?:to allocate|allocate) ([\d.]+) ?(bytes|[KMGTPE]i?B)", re.IGNORECASE)
 HERE = Path(__file__).parent
-Loop = TypeVar("Loop", bound=Callable[..., Any])
+Run = TypeVar("Run", bound=Callable[[Any], None])
 
 
 def named(error: BaseException, rank: int, ids: Mapping[str, int]) -> BaseException:
@@ -38,15 +38,15 @@ def named(error: BaseException, rank: int, ids: Mapping[str, int]) -> BaseExcept
     )
 
 
-def names_shortage(loop: Loop) -> Loop:
-    """Of a rank's loop: what it raises is `named`. Its first argument is the context, or has one."""
+def names_shortage(run: Run) -> Run:
+    """Of a rank's run: what it raises is `named`. Its object has the rank's context."""
 
-    @functools.wraps(loop)
-    def told(first: Any, *rest: Any) -> Any:
+    @functools.wraps(run)
+    def told(self: Any) -> None:
         try:
-            return loop(first, *rest)
+            run(self)
         except (MemoryError, RuntimeError) as error:
-            shortage = getattr(first, "context", first).named(error)
+            shortage = self.context.named(error)
             if shortage is error:
                 raise
             raise shortage from error

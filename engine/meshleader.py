@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 
-from engine import memory
 from engine.comm.group import Phase
 from engine.comm.p2p import LeaderEnd
 from engine.comm.pair import Pair
@@ -51,7 +50,6 @@ class MeshLeader:
         up = LeaderEnd(pair, mesh.limits, mesh.shapes, mesh.tp_plan, context.blackbox, pin, wire)
         return cls(context, up, mesh, stage1)
 
-    @memory.names_shortage
     def run(self) -> None:
         """Serve envelopes until SHUTDOWN. Raises PeerError on ERROR, and whatever else ends this rank early."""
         live = self.context.config.liveness

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from engine import memory, tripwires
+from engine import tripwires
 from engine.comm.p2p import Stage0End
 from engine.comm.topology import Groups
 from engine.errors import EngineError, SourceError, TripwireError
@@ -82,7 +82,6 @@ class Pipeline:
         comms = Comms(link, config.pipeline, config.liveness, context.watchdog, CommStream(device), context.leave_now)
         return cls(context, comms, materials)
 
-    @memory.names_shortage
     def run(self) -> None:
         """Make the run's chunks until the timeline's end or a drain. Raises what ends the stream early."""
         config, report = self.context.config, self.context.report

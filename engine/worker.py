@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine import config as configuration
-from engine import faults, warmup
+from engine import faults, memory, warmup
 from engine.assets import cache_dir
 from engine.blackbox import BlackBox
 from engine.comm import parity
@@ -75,6 +75,7 @@ class Worker:
         report.on_move = self._moved
         self.context = RankContext(config, env, run_dir, report, read_timeline(config), self.blackbox, self.journal)
 
+    @memory.names_shortage
     def run(self) -> None:
         """Start-up, the stream, the end. Raises whatever ends this rank early."""
         report, comm, live = self.report, self.config.comm, self.config.liveness

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from engine.failures import guard
-from engine.memory import ASKED, WORDS
+from engine.memory import ASKED, WORDS, named, names_shortage
 from engine.report import RankReport
 
 REFUSED = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.10 GiB."
@@ -34,10 +36,21 @@ def test_other_errors_are_none(other: str) -> None:
     assert not WORDS.search(other)
 
 
-def test_a_refusal_before_the_loop_is_told_like_one_in_it(tmp_path, capsys) -> None:
+class Loading:
+    """A rank's run that loads more than there is, with what `names_shortage` asks of it."""
+
+    def __init__(self) -> None:
+        self.context = SimpleNamespace(named=lambda error: named(error, 3, {"chunk_index": -1}))
+
+    @names_shortage
+    def run(self) -> None:
+        torch.empty(1 << 50, dtype=torch.uint8)
+
+
+def test_a_refusal_before_the_first_chunk_is_told_like_one_in_it(tmp_path, capsys) -> None:
     """Most shortages come while weights are loaded."""
     report = RankReport(tmp_path / "rank3.json", 3)
-    assert guard(lambda: torch.empty(1 << 50, dtype=torch.uint8), report) == 70
+    assert guard(Loading().run, report) == 70
     assert report.error["code"] == "TP-6601"
     assert "rank 3 asked for 1125899906842624 bytes in vain, before its first chunk" in report.error["message"]
-    assert "rank 3: TP-6601: rank 3 asked for" in capsys.readouterr().err
+    assert "rank 3: TP-6601" in capsys.readouterr().err
