@@ -285,6 +285,7 @@ def test_metrics_come_from_the_reports(tmp_path):
     assert figures["calls_expected"] == figures["calls_observed"] == 14
     assert figures["worker_peak_bytes"] == 2 << 20
     assert figures["leader_peak_bytes"] == 3 << 20
+    assert figures["worker_spares_bytes"] == 1 << 20
     assert figures["worker_ready_s"] == 3.0
     assert figures["frames"] == 33
     assert figures["fps"] == pytest.approx(24 / 0.203)

@@ -39,6 +39,7 @@ def metrics(seen: Observation, findings: Sequence[Finding]) -> dict[str, Any]:
     }
     overlap = seen.leader.get("generator", {}).get("overlap") or {}
     workers = [row for rank, row in ranks.items() if rank != "0"] or list(ranks.values())
+    worker_peak, leader_peak = _most(workers, "peak_rss_bytes"), ranks.get("0", {}).get("peak_rss_bytes")
     return {
         "regime": seen.leader.get("effective", {}).get("regime"),
         "overlap_score": overlap.get("score"),
@@ -51,8 +52,10 @@ def metrics(seen: Observation, findings: Sequence[Finding]) -> dict[str, Any]:
         "calls_observed": sum(chunk["observed_generator_calls"] for chunk in chunks) if chunks else None,
         "digests_checked": _value(by_gate, "digests"),
         "frames": sum(frames.values()) if frames else None,
-        "worker_peak_bytes": _most(workers, "peak_rss_bytes"),
-        "leader_peak_bytes": ranks.get("0", {}).get("peak_rss_bytes"),
+        "worker_peak_bytes": worker_peak,
+        "leader_peak_bytes": leader_peak,
+        # What no build of a library changes much, as it does each of the two.
+        "worker_spares_bytes": leader_peak - worker_peak if leader_peak and worker_peak and len(ranks) > 1 else None,
         "worker_ready_s": _most(workers, "ready_s"),
         "ready_s": _most(list(ranks.values()), "ready_s"),
         "graphs": _most(list(ranks.values()), "graphs"),
