@@ -221,8 +221,11 @@ def _aftermath(snapshot: Snapshot) -> Verdict | None:
     if not ended:
         return None
     seat = min(ended, key=lambda ended_seat: (_told(ended_seat), ended_seat.ended_ns))
-    if seat.ending is not None and seat.ending.exit_code in WAITED and (late := _late(snapshot, seat)) is not None:
-        return late
+    if _gave_up(seat):
+        # The one that was late may have been the first to give up, by a hair: those that waited know of whom.
+        for waiter in sorted(filter(_gave_up, ended), key=lambda gave_up: gave_up.ended_ns):
+            if (late := _late(snapshot, waiter)) is not None:
+                return late
     if seat.ending is not None and seat.ending.exit_code == RankExit.TRANSPORT and seat.last is not None:
         # The backend told it that a peer is gone. If that peer had drained, this is where they parted.
         absent = [rank for rank in needed(seat, seat.last, snapshot) if snapshot.seats[rank].finished]
@@ -293,6 +296,11 @@ def _ended(snapshot: Snapshot, seat: Seat) -> Verdict:
 def _killed(seat: Seat) -> bool:
     """Gone without having written an ending."""
     return seat.life is Life.GONE and seat.ending is None and not seat.finished
+
+
+def _gave_up(seat: Seat) -> bool:
+    """Ended by a deadline of its own."""
+    return seat.ending is not None and seat.ending.exit_code in WAITED
 
 
 def _told(seat: Seat) -> bool:

@@ -83,6 +83,12 @@ def ended(rank: int, exit_code: int, size: int = 2, *, at: int = NOW, mesh: int 
     )
 
 
+def given_up(at: int) -> dict[str, object]:
+    """The fields of a rank whose deadline ended it in the middle of what it did."""
+    ending = Ending(72, {"code": "TP-6402", "message": "waited", "fm": "FM-41", "evidence": {}})
+    return {"life": Life.GONE, "state": RankState.ABORTED, "state_ns": at, "ending": ending, "ending_ns": at}
+
+
 def snapshot(*seats: Seat, t: int = NOW, size: int | None = None, differences: tuple[Difference, ...] = ()) -> Snapshot:
     return Snapshot(t, tuple(range(size or len(seats))), {each.rank: each for each in seats}, differences)
 
@@ -158,17 +164,18 @@ GUILTY: dict[str, tuple[Snapshot, Kind, str | None, tuple[int, ...], tuple[int, 
     ),
     "the leader never answered: Stage 0 waited until its deadline": (
         snapshot(
-            replace(
-                pp_inside(0, "up", 4, down=6),
-                life=Life.GONE,
-                state=RankState.ABORTED,
-                state_ns=NOW,
-                ending=Ending(72, {"code": "TP-6402", "message": "waited", "fm": "FM-41", "evidence": {}}),
-            ),
+            replace(pp_inside(0, "up", 4, down=6), **given_up(NOW)),
             pp_seat(1, down=6, up=3),
             pp_inside(2, "mesh_pg", 9, mesh=8),
         ),
         *(Kind.LATE, "FM-41", (1,), (0, 2)),
+    ),
+    "one slept in phase B, and its own deadline came a millisecond before that of the one that waited": (
+        snapshot(
+            replace(ended(1, 72, mesh=4, at=NOW - MS, code="TP-6402", fm="FM-41"), last=entry(4)),
+            replace(inside(0, 5), **given_up(NOW)),
+        ),
+        *(Kind.LATE, "FM-41", (1,), (0,)),
     ),
     "two ranks differ: nobody is convicted": (
         snapshot(inside(0, 5), inside(1, 5), differences=(difference(2, r0=X, r1=Y),)),
