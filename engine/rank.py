@@ -20,7 +20,7 @@ from engine.errors import EngineError, TripwireError
 from engine.lifecycle import Doing, RankExit, RankState
 from engine.log import Log
 from engine.records import ChunkRecords, Header, StageRecords
-from engine.report import RankReport, age_s
+from engine.report import RankReport, age_s, ended_with
 from engine.sinks.base import open_sinks
 from engine.sinks.writer import STUCK_S, SinkWriter
 from engine.stage1 import MeshResult
@@ -226,8 +226,12 @@ class RankContext:
     def _expired(self, deadline: Deadline) -> None:
         orphaned = deadline.exit_code is RankExit.ORPHANED
         blocker = self.writer.blocker() if self.writer is not None and deadline.name == THE_DRAIN else None
-        gone, stopped = self.neighbours.gone(), self.neighbours.stopped()
-        said = [f"rank {rank} is {how}" for ranks, how in ((gone, "gone"), (stopped, "stopped")) for rank in ranks]
+        gone, stopped, left = self._peers()
+        said = [
+            *(f"rank {rank} is gone" for rank in gone),
+            *(f"rank {rank} is stopped" for rank in stopped),
+            *(f"rank {rank} left with {code}" for rank, code in left.items()),
+        ]
         self.leave_now(
             TripwireError(
                 f"rank {self.env.rank} spent more than {deadline.budget_s:g} s in {deadline.name}"
@@ -239,6 +243,18 @@ class RankContext:
                 next_step="tpctl triage RUN_DIR",
             )
         )
+
+    def _peers(self) -> tuple[list[int], list[int], dict[int, int]]:
+        """Neighbours that are gone without a word, that are stopped, and that left by an exit code of their own.
+
+        Only the first prove that a peer was lost: one may have left because it waited too, and gave up a hair sooner.
+        """
+        ended = {
+            rank: ended_with(self.run_dir / "ranks" / f"rank{rank}.json", self.neighbours.processes[rank].pid)
+            for rank in self.neighbours.gone()
+        }
+        left = {rank: code for rank, code in ended.items() if code is not None}
+        return [rank for rank in ended if rank not in left], self.neighbours.stopped(), left
 
     def _first_signal(self, name: str) -> None:
         """Drain. Rank 0 leads it; before the stream runs there is nothing to drain, and the rank leaves."""

@@ -93,6 +93,16 @@ class RankReport:
         temporary.replace(self.path)
 
 
+def ended_with(path: Path, pid: int) -> int | None:
+    """The exit code that this process wrote into its report; None: it did not end, or without a word."""
+    try:
+        report = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    code = report.get("exit_code") if isinstance(report, dict) and report.get("pid") == pid else None
+    return code if isinstance(code, int) else None
+
+
 def peak_rss_bytes() -> int:
     """This process' own peak. `ru_maxrss` would not do: it survives `exec`, so a child starts with its parent's."""
     for line in Path("/proc/self/status").read_text().splitlines():

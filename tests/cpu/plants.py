@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 from engine.comm.group import Group
 from engine.comm.neighbours import Neighbours
-from engine.errors import CommError
+from engine.errors import CommError, TripwireError
+from engine.stage1 import MeshResult, Stage1
+from engine.wire.envelope import Envelope
 
 
 def hear_of_no_end() -> None:
@@ -24,6 +26,17 @@ def hear_of_no_end() -> None:
             threading.Event().wait()
 
     Group._backend = deaf  # type: ignore[method-assign]
+
+
+def fail_in_phase_b() -> None:
+    """This rank finds a fault of its own in chunk 2."""
+
+    def fail(self: Stage1, envelope: Envelope, call_id: int) -> MeshResult:
+        if envelope.plan.chunk_index == 2:
+            raise TripwireError("planted")
+        return step(self, envelope, call_id)
+
+    step, Stage1.step = Stage1.step, fail  # type: ignore[method-assign]
 
 
 def know_no_neighbours() -> None:

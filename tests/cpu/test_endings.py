@@ -114,6 +114,17 @@ def test_a_backend_that_misses_an_end_does_not_make_it_a_freeze(
     assert ("rank 1 is gone" in error["message"]) == bool(gone)
 
 
+def test_a_peer_that_left_by_an_error_of_its_own_is_not_lost(weights_cache: Path, tmp_path: Path) -> None:
+    plants = {0: f"{PLANTS}hear_of_no_end", 1: f"{PLANTS}fail_in_phase_b"}
+    with start_ranks(tmp_path / "run", make_config(weights_cache), plants=plants) as job:
+        assert job.processes[1].wait(60) == 70
+        assert job.processes[0].wait(30) in (72, 74)
+        outcome = job.end(1)
+    error = outcome.reports[0]["error"]
+    assert (error["code"], error["fm"], error["evidence"]["gone"]) == ("TP-6402", "FM-41", [])
+    assert "rank 1 left with 70" in error["message"]
+
+
 SLOW_SINK = """
 import os, sys, threading
 from engine.sinks import null
