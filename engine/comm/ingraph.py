@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from engine.comm.group import Group
 
 NAMESPACE = "tpctl"
-_operators: Any = library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _groups: weakref.WeakValueDictionary[str, Group] = weakref.WeakValueDictionary()
 _count = itertools.count()
 
@@ -38,10 +37,11 @@ def _all_reduce(tensor: torch.Tensor, handle: str) -> None:
 
 def define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """An operator that runs `body` on any device, without a gradient; `fake` gives the shape of its result."""
-    name = schema.partition("(")[0]
-    _operators.define(schema)
-    _operators.impl(name, body, "CompositeExplicitAutograd")
-    library.register_fake(f"{NAMESPACE}::{name}", fake)
+    name, bracket, rest = schema.partition("(")
+    operator = f"{NAMESPACE}::{name}"
+    library.define(operator, bracket + rest)
+    library.impl(operator, "default", body)
+    library.register_fake(operator, fake)
 
 
 define("all_reduce_(Tensor(a!) tensor, str handle) -> ()", _all_reduce, lambda tensor, handle: None)
