@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from engine.control import NOT_ASKED
 from engine.errors import ConfigError
-from engine.process import start_ticks
+from engine.process import Process
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -85,35 +85,25 @@ class DrainRequest:
 
 @dataclass(frozen=True)
 class Supervisor:
-    """The process that answers for this job. `start_ticks` tells it from a later one with the same id."""
+    """The process that answers for this job."""
 
-    pid: int
-    start_ticks: int
+    process: Process
 
     @classmethod
     def parse(cls, text: str) -> Supervisor:
         """From `PID:TICKS`. Raises ConfigError."""
-        pid, _, ticks = text.partition(":")
-        if not (pid.isdecimal() and ticks.isdecimal() and int(pid) > 0):
-            raise ConfigError(f"--supervisor must be PID:TICKS, is {text!r}", code="TP-1040")
-        return cls(int(pid), int(ticks))
+        try:
+            return cls(Process.parse(text))
+        except ValueError as error:
+            raise ConfigError(f"--supervisor must be PID:TICKS, is {text!r}", code="TP-1040") from error
 
     def watch(self) -> None:
         """From now on: when it is gone, this process tells itself to drain. On rank 0 only, which leads the drain."""
         threading.Thread(target=self._wait, name="supervisor", daemon=True).start()
 
     def _wait(self) -> None:
-        try:
-            pidfd = os.pidfd_open(self.pid)
-        except OSError:
-            pidfd = -1
-        if pidfd >= 0 and self._is_it():
+        pidfd = self.process.open()
+        if pidfd is not None:
             select.select([pidfd], [], [])  # readable once the process has ended
         print("rank 0: the supervisor is gone: nobody could end this job any more", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
-
-    def _is_it(self) -> bool:
-        try:
-            return start_ticks(self.pid) == self.start_ticks
-        except (OSError, ValueError):
-            return False

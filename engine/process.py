@@ -39,6 +39,17 @@ class Process:
         return cls(pid, start_ticks(pid))
 
     @classmethod
+    def parse(cls, text: str) -> Process:
+        """From `PID:TICKS`, as `str` writes it. Raises ValueError."""
+        pid, _, ticks = text.partition(":")
+        if not (pid.isdecimal() and ticks.isdecimal() and int(pid) > 0):
+            raise ValueError(f"no PID:TICKS: {text!r}")
+        return cls(int(pid), int(ticks))
+
+    def __str__(self) -> str:
+        return f"{self.pid}:{self.start_ticks}"
+
+    @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Process:
         return cls(int(data["pid"]), int(data["start_ticks"]))
 
@@ -70,15 +81,23 @@ class Process:
             return None
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), None)
 
-    def send(self, number: signal.Signals) -> bool:
-        """A signal to this very process; False if it is gone."""
+    def open(self) -> int | None:
+        """A pidfd of this very process, readable once it has ended; the caller closes it. None: it is gone."""
         try:
             pidfd = os.pidfd_open(self.pid)
         except OSError:
+            return None
+        if self.alive():
+            return pidfd
+        os.close(pidfd)
+        return None
+
+    def send(self, number: signal.Signals) -> bool:
+        """A signal to this very process; False if it is gone."""
+        pidfd = self.open()
+        if pidfd is None:
             return False
         try:
-            if not self.alive():
-                return False
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, number)
                 return True

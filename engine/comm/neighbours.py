@@ -38,12 +38,13 @@ class Neighbours:
 
 def introduction() -> bytes:
     """Where this process is, and which it is there."""
-    own = Process.of(os.getpid())
-    return f"{boot_id()}/{os.readlink('/proc/self/ns/pid')} {own.pid} {own.start_ticks}".encode()
+    return f"{boot_id()}/{os.readlink('/proc/self/ns/pid')} {Process.of(os.getpid())}".encode()
 
 
 def _parse(word: bytes) -> tuple[str, Process | None]:
     """What another version says differently is no reason to end here: the parity check will name the versions."""
-    place, *numbers = word.decode(errors="replace").split(" ")
-    pid, ticks = numbers if len(numbers) == 2 and all(map(str.isdecimal, numbers)) else ("0", "0")
-    return place, Process(int(pid), int(ticks)) if pid != "0" else None
+    place, _, process = word.decode(errors="replace").partition(" ")
+    try:
+        return place, Process.parse(process)
+    except ValueError:
+        return place, None

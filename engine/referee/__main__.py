@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.lifecycle import RankState
+from engine.process import Process
 from engine.referee.hosts import Hosts
 from engine.referee.joint import Caution, Remote, Waits, join, parted, seen, silence
 from engine.referee.judge import Kind, Verdict, judge
-from engine.referee.parent import Parent
 from engine.referee.record import NAME, Record
 from engine.referee.snapshot import Life, Seat, Snapshot
 from engine.referee.summary import Summary
@@ -61,7 +61,7 @@ class Referee:
         hosts: Hosts | None = None,
         poll_ms: int = POLL_MS,
         lost_s: float = STORE_LOST_S,
-        parent: Parent | None = None,
+        parent: Process | None = None,
     ) -> None:
         self.record = record
         self.watch = watch
@@ -189,8 +189,9 @@ class Referee:
     def _abandoned(self, local: Snapshot) -> bool:
         """Whoever started the referee is gone, and no rank is left to watch."""
         alive = any(seat.life is not Life.GONE for seat in local.seats.values())
-        gone = self._parent.gone if self._parent is not None else os.getppid() != self._adopter
-        return gone and not alive
+        if alive:
+            return False
+        return not self._parent.alive() if self._parent is not None else os.getppid() != self._adopter
 
     def _carry_out(self, verdict: Verdict, told_by: str | None, snapshot: Snapshot) -> Verdict:
         hosts = {rank: remote.summary.host for remote in self._known() for rank in remote.summary.ranks}
@@ -260,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError:
         parser.error("--store must be HOST:PORT")
     try:
-        parent = Parent.parse(options.parent) if options.parent else None
+        parent = Process.parse(options.parent) if options.parent else None
     except ValueError:
         parser.error("--parent must be PID:TICKS")
     watch = Watch(options.run_dir, ranks, local=options.local, carrying=options.carrying, keep=hosts is not None)

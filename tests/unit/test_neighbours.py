@@ -15,9 +15,8 @@ OWN = introduction()
 
 
 def of_child(pid: int) -> bytes:
-    place, _, _ = OWN.split(b" ")
-    child = Process.of(pid)
-    return b"%s %d %d" % (place, child.pid, child.start_ticks)
+    place, _ = OWN.split(b" ")
+    return b"%s %s" % (place, str(Process.of(pid)).encode())
 
 
 def test_a_peer_that_lives_stops_and_ends_is_told_apart() -> None:
@@ -37,7 +36,7 @@ def test_a_peer_that_lives_stops_and_ends_is_told_apart() -> None:
 
 @pytest.mark.parametrize(
     "word",
-    [b"another-boot/pid:[1] 4242 17", b"1", b"", b"\xff\xfe 1 2", OWN + b" 3", OWN.replace(b" ", b" -", 1)],
+    [b"another-boot/pid:[1] 4242:17", b"1", b"", b"\xff\xfe 1:2", OWN + b":3", OWN.replace(b" ", b" -", 1)],
     ids=["another host", "another version", "nothing", "no text", "too much", "no number"],
 )
 def test_of_a_rank_that_is_not_known_to_be_here_nothing_is_said(word: bytes) -> None:
@@ -45,6 +44,7 @@ def test_of_a_rank_that_is_not_known_to_be_here_nothing_is_said(word: bytes) -> 
 
 
 def test_an_id_that_was_given_to_another_process_means_gone() -> None:
-    place, pid, ticks = OWN.split(b" ")
-    found = Neighbours.read(0, {0: OWN, 1: b"%s %s %d" % (place, pid, int(ticks) - 1)})
+    place, _ = OWN.split(b" ")
+    later = Process(os.getpid(), Process.of(os.getpid()).start_ticks - 1)
+    found = Neighbours.read(0, {0: OWN, 1: b"%s %s" % (place, str(later).encode())})
     assert found.gone() == [1]

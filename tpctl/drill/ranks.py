@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.referee.parent import named
+from engine.process import Process
 from tpctl.errors import LaunchError
 from tpctl.launch.environment import rank_environment
 
@@ -145,11 +145,11 @@ class Nursery:
 
     def _start_referee(self, run_dir: Path, ranks: int) -> None:
         (run_dir / "ranks").mkdir(mode=0o700, exist_ok=True)
-        named_ranks = ",".join(map(str, range(ranks)))
+        named_ranks, parent = ",".join(map(str, range(ranks))), str(Process.of(self._process.pid))
         self._ask(
             {
                 "rank": REFEREE,
-                "argv": ["--run-dir", str(run_dir), "--ranks", named_ranks, "--parent", named(self._process.pid)],
+                "argv": ["--run-dir", str(run_dir), "--ranks", named_ranks, "--parent", parent],
                 "environ": rank_environment(),
                 "stderr": str(run_dir / "referee.log"),
             }

@@ -122,7 +122,7 @@ class Supervisor:
         record = self.record
         ranks = f"{len(record.ranks_here)} rank(s)" + (f" of {record.world_size}" if record.nnodes > 1 else "")
         self.say(f"attempt {number}: {ranks} of plan {self.config.plan.tp_plan} in {run_dir}")
-        me = f"{os.getpid()}:{Process.of(os.getpid()).start_ticks}"
+        me = str(Process.of(os.getpid()))
         spec = local.LaunchSpec(
             nproc=len(record.ranks_here),
             run_dir=run_dir,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from engine.referee.parent import named
+from engine.process import Process
 from tpctl.launch.environment import rank_environment
 
 VERDICT = "referee.json"
@@ -32,7 +32,7 @@ def watching(
     """
     verdict.unlink(missing_ok=True)
     command = [sys.executable, "-m", "engine.referee", "--run-dir", str(ranks_dir), "--record", str(verdict), *which]
-    command += ["--parent", named(os.getpid())]
+    command += ["--parent", str(Process.of(os.getpid()))]
     try:
         process = subprocess.Popen(
             command,

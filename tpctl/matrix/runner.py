@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from engine.config import EngineConfig, from_dict
 from engine.errors import ConfigError
 from engine.plan import PP_PLANS
-from engine.referee.parent import named
+from engine.process import Process
 from tpctl.drill import table as drilltable
 from tpctl.drill.ranks import Nursery
 from tpctl.drill.runner import DrillRunner
@@ -166,7 +166,7 @@ class Runner:
                     # A bring-up that is killed takes its ranks along.
                     arguments=(
                         *("--config", str(config_path), "--run-dir", str(directory)),
-                        *("--supervisor", named(os.getpid())),
+                        *("--supervisor", str(Process.of(os.getpid()))),
                     ),
                     deadline_s=case.deadline_s,
                     module=self.module,
